@@ -1,0 +1,125 @@
+"""Whole folders from one world to the other; the tools are doors to these two functions.
+
+Both write beside the output and rename at the end, so an output folder is whole or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_opdlm.checkpointing.distributed import (
+    ASSETS,
+    METADATA,
+    PARTIAL,
+    check_complete,
+    is_checkpoint,
+    newest_checkpoint,
+    read_tensor,
+    save_checkpoint,
+)
+from megatron_opdlm.checkpointing.hf_folder import copy_assets, write_safetensors
+from megatron_opdlm.checkpointing.hf_qwen3 import hf_tensors
+from megatron_opdlm.checkpointing.pretrained import open_pretrained
+from megatron_opdlm.checkpointing.student_and_teacher import open_student
+from megatron_opdlm.config.schema import ParallelConfig, StudentConfig
+from megatron_opdlm.models.attention.core_attention import CausalCoreAttention
+from megatron_opdlm.models.build import build_model
+from megatron_opdlm.models.qwen3 import DTYPES, read_config_json
+from megatron_opdlm.parallel.initialize import initialize
+
+logger = logging.getLogger(__name__)
+
+
+def hf_to_megatron(
+    hf: str, output: Path, *, role: str, dtype: str | None, mask_token: str, tensor_model_parallel_size: int = 1
+) -> None:
+    """Writes `output` as a Megatron checkpoint of the weights in `hf`. All ranks must call it.
+
+    Raises:
+        ValueError: the output exists, or the folder is not a dense Qwen3 with all its tensors.
+    """
+    _check_absent(output)
+    pretrained = open_pretrained(hf, "--hf")
+    if role == "student":
+        source = open_student(StudentConfig(hf=hf, mask_token=mask_token))
+        architecture, write_assets = source.architecture, source.write_assets
+    else:
+        architecture, write_assets = pretrained.architecture, lambda folder: copy_assets(pretrained.assets, folder)
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size)
+    groups = initialize(parallel, seed=0)
+    model = build_model(
+        architecture,
+        CausalCoreAttention,  # which attention stands in the layers leaves no trace in the weights
+        parallel=parallel,
+        dtype=dtype or _megatron_dtype(architecture.dtype),
+        padded_vocab_size=architecture.padded_vocab_size(
+            parallel.make_vocab_size_divisible_by, tensor_model_parallel_size
+        ),
+        overrides={},
+    )
+    pretrained.load_into(model, groups.tp, architecture)
+    save_checkpoint(
+        output, {"model": model.sharded_state_dict(metadata=METADATA)}, lambda folder: write_assets(folder / ASSETS)
+    )
+    logger.info("wrote %s", output)
+
+
+def megatron_to_hf(checkpoint: Path, output: Path, *, dtype: str | None) -> None:
+    """Writes `output` as a Hugging Face folder of the checkpoint's weights.
+
+    Raises:
+        ValueError: the output exists, or the checkpoint is missing, incomplete or damaged.
+    """
+    _check_absent(output)
+    folder = checkpoint if is_checkpoint(checkpoint) else newest_checkpoint(checkpoint) or checkpoint
+    check_complete(folder)
+    partial = output.with_name(output.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    copy_assets(folder / ASSETS, partial)
+    tensors = _streamed(folder, DTYPES[dtype] if dtype else None)
+    first_name, first = next(tensors)
+    write_safetensors(partial, _chain((first_name, first), tensors))
+    _record_dtype(partial, first.dtype)
+    partial.rename(output)
+    logger.info("wrote %s", output)
+
+
+def _streamed(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Hugging Face tensors read one Megatron tensor at a time."""
+    architecture = open_pretrained(str(folder), "--checkpoint").architecture
+
+    def read(key: str, layer: int | None) -> torch.Tensor:
+        return read_tensor(folder, key if layer is None else f"decoder.layers.{key}", layer)
+
+    for name, tensor in tqdm(hf_tensors(architecture, read), desc="writing tensors", unit="tensor", leave=False):
+        yield name, tensor.to(dtype or tensor.dtype)
+
+
+def _chain(first: tuple[str, torch.Tensor], rest: Iterator) -> Iterator[tuple[str, torch.Tensor]]:
+    yield first
+    yield from rest
+
+
+def _record_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """transformers loads a folder in the format its config names."""
+    values = read_config_json(folder)
+    values.pop("torch_dtype", None)
+    values["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _megatron_dtype(stored: str) -> str:
+    """float16 folders are converted to bfloat16's wider range only when asked to; float32 holds them exactly."""
+    return stored if stored in ("bfloat16", "float32") else "float32"
+
+
+def _check_absent(output: Path) -> None:
+    if output.exists():
+        raise ValueError(f"--output ({output}) exists already; name a folder that does not")

@@ -1,0 +1,52 @@
+"""A model on disk, be it a Hugging Face folder or a Megatron checkpoint: its shape, its tokenizer, its weights.
+
+    source = open_pretrained("Qwen3-0.6B", setting="teacher.hf")
+    source.architecture, source.assets                      # the folder with config.json and the tokenizer
+    source.load_into(model, groups.tp)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_opdlm.checkpointing.distributed import ASSETS, METADATA, is_checkpoint, load_checkpoint
+from megatron_opdlm.checkpointing.hf_qwen3 import load_hf_weights
+from megatron_opdlm.models.build import Qwen3Model
+from megatron_opdlm.models.qwen3 import Qwen3Architecture, read_architecture
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where a model's weights and assets lie."""
+
+    folder: Path
+    is_megatron: bool
+    architecture: Qwen3Architecture
+
+    @property
+    def assets(self) -> Path:
+        """The folder with `config.json`, `generation_config.json` and the tokenizer."""
+        return self.folder / ASSETS if self.is_megatron else self.folder
+
+    def load_into(self, model: Qwen3Model, group: dist.ProcessGroup, architecture: Qwen3Architecture) -> None:
+        """Fills this rank's shards. `architecture` is the source's, or the student's made from it.
+
+        All ranks must call it; `group` is the tensor-parallel group.
+        """
+        if self.is_megatron:
+            state = load_checkpoint(self.folder, {"model": model.sharded_state_dict(metadata=METADATA)})
+            model.load_state_dict(state["model"])
+        else:
+            load_hf_weights(model, self.folder, architecture, group)
+
+
+def open_pretrained(folder: str, setting: str) -> Pretrained:
+    """Looks at the folder without reading weights. ValueError names the setting and what is wrong with the folder."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"{setting} ({folder}) is not a folder")
+    is_megatron = is_checkpoint(path)
+    return Pretrained(path, is_megatron, read_architecture(path / ASSETS if is_megatron else path))

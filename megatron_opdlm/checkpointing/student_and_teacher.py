@@ -1,0 +1,127 @@
+"""Both models of a run, from whatever folders the recipe names to filled Megatron models on this rank.
+
+    plan = open_models(config)                       # reads configs and tokenizers, checks that they fit; no weights
+    student = build_student(plan, config, groups)
+    teacher = build_teacher(plan, config, groups)
+
+The student's architecture is its source's plus a mask token. Both models pad their vocabulary to the same number of
+rows, so that their tensor-parallel shards hold the same tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_opdlm.checkpointing.hf_folder import copy_assets
+from megatron_opdlm.checkpointing.pretrained import Pretrained, open_pretrained
+from megatron_opdlm.config.schema import Config, StudentConfig, TeacherConfig
+from megatron_opdlm.data.special_tokens import SpecialTokens
+from megatron_opdlm.data.tokenizer import add_mask_token, check_same_tokenizer, end_token_ids, load_tokenizer
+from megatron_opdlm.models.attention.backend import build_backend
+from megatron_opdlm.models.attention.core_attention import BlockDiffusionCoreAttention, CausalCoreAttention
+from megatron_opdlm.models.build import Qwen3Model, build_model
+from megatron_opdlm.models.qwen3 import Qwen3Architecture, read_config_json
+from megatron_opdlm.parallel.device import device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class StudentSource:
+    """Where the student comes from, and what the mask token makes of it."""
+
+    pretrained: Pretrained
+    architecture: Qwen3Architecture
+    tokenizer: PreTrainedTokenizerBase
+    special: SpecialTokens
+
+    def write_assets(self, folder: Path) -> None:
+        """Config, generation config and tokenizer of the student, mask token included."""
+        copy_assets(self.pretrained.assets, folder)
+        values = read_config_json(folder)
+        values |= {"vocab_size": self.architecture.vocab_size, "mask_token_id": self.architecture.mask_token_id}
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        self.tokenizer.save_pretrained(folder)
+
+
+def open_student(student: StudentConfig, stop_token_ids: list[int] | None = None) -> StudentSource:
+    """Reads the student's config and tokenizer; adds the mask token. ValueError names what does not fit."""
+    setting, folder = _source(student, "student")
+    pretrained = open_pretrained(folder, setting)
+    tokenizer = load_tokenizer(pretrained.assets)
+    mask_token_id = pretrained.architecture.mask_token_id
+    if mask_token_id is None:
+        mask_token_id = add_mask_token(tokenizer, student.mask_token)
+    architecture = pretrained.architecture.with_mask_token(mask_token_id)
+    ends = dict.fromkeys([*end_token_ids(tokenizer, pretrained.assets), *(stop_token_ids or [])])
+    for token_id in ends:
+        if not 0 <= token_id < architecture.vocab_size or token_id == mask_token_id:
+            raise ValueError(f"rollout.stop_token_ids: {token_id} is not a token that the student can write")
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends))
+    special = SpecialTokens(architecture.vocab_size, mask_token_id, tuple(ends), pad_token_id)
+    return StudentSource(pretrained, architecture, tokenizer, special)
+
+
+def open_teacher(teacher: TeacherConfig, student: StudentSource) -> Pretrained:
+    """Reads the teacher's config and checks that its tokenizer is the student's. ValueError names what differs."""
+    setting, folder = _source(teacher, "teacher")
+    pretrained = open_pretrained(folder, setting)
+    mask_token = student.tokenizer.convert_ids_to_tokens(student.special.mask_token_id)
+    check_same_tokenizer(student.tokenizer, load_tokenizer(pretrained.assets), mask_token)
+    return pretrained
+
+
+def padded_vocab_size(config: Config, *architectures: Qwen3Architecture) -> int:
+    """Embedding rows that hold every architecture's vocabulary, the same number on each tensor-parallel rank."""
+    parallel = config.parallel
+    return max(
+        architecture.padded_vocab_size(parallel.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size)
+        for architecture in architectures
+    )
+
+
+def build_student(source: StudentSource, config: Config, groups: ProcessGroupCollection, num_rows: int) -> Qwen3Model:
+    """The student with its weights. All ranks must call it. `num_rows` is `padded_vocab_size`."""
+    core_attention = functools.partial(
+        BlockDiffusionCoreAttention,
+        backend=build_backend(config.attention.backend, device().type),
+        block_size=config.rollout.block_size,
+    )
+    model = build_model(
+        source.architecture,
+        core_attention,
+        parallel=config.parallel,
+        dtype=config.precision.dtype,
+        padded_vocab_size=num_rows,
+        overrides=config.student.transformer,
+    )
+    source.pretrained.load_into(model, groups.tp, source.architecture)
+    return model
+
+
+def build_teacher(source: Pretrained, config: Config, groups: ProcessGroupCollection, num_rows: int) -> Qwen3Model:
+    """The frozen teacher with its weights. All ranks must call it. `num_rows` is `padded_vocab_size`."""
+    model = build_model(
+        source.architecture,
+        CausalCoreAttention,
+        parallel=config.parallel,
+        dtype=config.precision.dtype,
+        padded_vocab_size=num_rows,
+        overrides=config.teacher.transformer,
+    )
+    source.load_into(model, groups.tp, source.architecture)
+    return model.eval().requires_grad_(False)
+
+
+def _source(model: StudentConfig | TeacherConfig, section: str) -> tuple[str, str]:
+    """The setting that names the folder, and the folder."""
+    if (model.hf is None) == (model.checkpoint is None):
+        raise ValueError(f"give either {section}.hf or {section}.checkpoint")
+    return (f"{section}.hf", model.hf) if model.hf is not None else (f"{section}.checkpoint", model.checkpoint)

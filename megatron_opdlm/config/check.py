@@ -1,0 +1,209 @@
+"""Rules that tie settings together, checked once before anything is built. Inside, values are trusted.
+
+    check_config(config, world_size=8)
+    check_required(config, ("student", "data.train_files"))
+
+Each violation is a ValueError that names the setting, its value and the rule.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from megatron_opdlm.config.schema import (
+    CheckpointConfig,
+    Config,
+    CurriculaConfig,
+    DivergenceConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TrainingConfig,
+)
+
+
+def check_config(config: Config, world_size: int | None) -> None:
+    """Checks every section. `world_size` is the number of processes; None leaves out the rules that depend on it."""
+    _check_models(config)
+    _check_parallel(config.parallel)
+    _check_rollout(config.rollout)
+    _check_divergence(config.divergence)
+    _check_curricula(config.curricula)
+    _check_optimizer(config.optimizer)
+    _check_training(config.training)
+    _check_intervals(config.checkpoint, config.evaluation)
+    _at_least(1, "data", max_prompt_tokens=config.data.max_prompt_tokens)
+    _check_padding(config)
+    if world_size is not None:
+        _check_world(config, world_size)
+
+
+def check_required(config: Config, required: Iterable[str]) -> None:
+    """Checks that what an entry point needs is given and exists.
+
+    `required` may name "student" and "teacher" (`hf` or `checkpoint`), "data.train_files" and "evaluation.files".
+    """
+    for name in required:
+        if name in ("student", "teacher"):
+            model = getattr(config, name)
+            _require(model.hf or model.checkpoint, f"give {name}.hf or {name}.checkpoint")
+            _check_folder(f"{name}.hf" if model.hf else f"{name}.checkpoint", model.hf or model.checkpoint)
+        else:
+            files = {"data.train_files": config.data.train_files, "evaluation.files": config.evaluation.files}[name]
+            _require(files, f"give {name}, at least one file")
+            for file in files:
+                _require(os.path.isfile(file), f"{name}: there is no file {file}")
+
+
+def _require(holds: object, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _at_least(minimum: float, section: str, **settings: float | None) -> None:
+    for name, value in settings.items():
+        _require(value is None or value >= minimum, f"{section}.{name} ({value}) must be at least {minimum}")
+
+
+def _within(low: float, high: float, section: str, **settings: float) -> None:
+    for name, value in settings.items():
+        _require(low <= value <= high, f"{section}.{name} ({value}) must lie between {low} and {high}")
+
+
+def _check_folder(name: str, folder: str) -> None:
+    _require(os.path.isdir(folder), f"{name}: there is no folder {folder}")
+
+
+def _check_models(config: Config) -> None:
+    for name, model in (("student", config.student), ("teacher", config.teacher)):
+        both = model.hf is not None and model.checkpoint is not None
+        _require(
+            not both, f"{name}.hf ({model.hf}) and {name}.checkpoint ({model.checkpoint}) exclude each other: give one"
+        )
+    _require(config.student.mask_token, "student.mask_token () must not be empty")
+
+
+def _check_parallel(parallel: ParallelConfig) -> None:
+    size = parallel.tensor_model_parallel_size
+    _at_least(
+        1,
+        "parallel",
+        tensor_model_parallel_size=size,
+        make_vocab_size_divisible_by=parallel.make_vocab_size_divisible_by,
+    )
+    _require(
+        not parallel.sequence_parallel or size > 1,
+        f"parallel.sequence_parallel (true) needs parallel.tensor_model_parallel_size ({size}) to be over 1",
+    )
+    minutes = parallel.distributed_timeout_minutes
+    _require(minutes > 0, f"parallel.distributed_timeout_minutes ({minutes}) must be over 0")
+
+
+def _check_rollout(rollout: RolloutConfig) -> None:
+    _at_least(
+        1,
+        "rollout",
+        block_size=rollout.block_size,
+        denoising_steps_per_block=rollout.denoising_steps_per_block,
+        max_new_tokens=rollout.max_new_tokens,
+        batch_size=rollout.batch_size,
+    )
+    _at_least(1, "rollout.max_new_tokens_by_domain", **rollout.max_new_tokens_by_domain)
+    _require(
+        rollout.denoising_steps_per_block <= rollout.block_size,
+        f"rollout.denoising_steps_per_block ({rollout.denoising_steps_per_block}) must not exceed "
+        f"rollout.block_size ({rollout.block_size})",
+    )
+    _check_sampling(rollout)
+
+
+def _check_sampling(rollout: RolloutConfig) -> None:
+    _within(0, 1, "rollout", dynamic_threshold=rollout.dynamic_threshold)
+    _at_least(0, "rollout", temperature=rollout.temperature, top_k=rollout.top_k)
+    _require(0 < rollout.top_p <= 1, f"rollout.top_p ({rollout.top_p}) must be over 0 and at most 1")
+    for token_id in rollout.stop_token_ids:
+        _at_least(0, "rollout", stop_token_ids=token_id)
+
+
+def _check_divergence(divergence: DivergenceConfig) -> None:
+    _at_least(0, "divergence", top_k=divergence.top_k)
+    _at_least(1, "divergence", chunk_size=divergence.chunk_size)
+
+
+def _check_curricula(curricula: CurriculaConfig) -> None:
+    _at_least(1, "curricula", length_start=curricula.length_start)
+    _at_least(0, "curricula", length_ramp_steps=curricula.length_ramp_steps)
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    _at_least(
+        0,
+        "optimizer",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        lr_warmup_steps=optimizer.lr_warmup_steps,
+        weight_decay=optimizer.weight_decay,
+        clip_grad=optimizer.clip_grad,
+    )
+    _at_least(1, "optimizer", lr_decay_steps=optimizer.lr_decay_steps)
+    _require(
+        optimizer.lr >= optimizer.min_lr,
+        f"optimizer.lr ({optimizer.lr}) must not be below optimizer.min_lr ({optimizer.min_lr})",
+    )
+    for name, beta in (("adam_beta1", optimizer.adam_beta1), ("adam_beta2", optimizer.adam_beta2)):
+        _require(0 <= beta < 1, f"optimizer.{name} ({beta}) must be at least 0 and below 1")
+    _require(optimizer.adam_eps > 0, f"optimizer.adam_eps ({optimizer.adam_eps}) must be over 0")
+
+
+def _check_training(training: TrainingConfig) -> None:
+    _at_least(
+        1,
+        "training",
+        max_steps=training.max_steps,
+        num_prompts_per_step=training.num_prompts_per_step,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        pad_to_multiple=training.pad_to_multiple,
+    )
+    _require(
+        training.num_prompts_per_step % training.global_batch_size == 0,
+        f"training.num_prompts_per_step ({training.num_prompts_per_step}) must be a multiple of "
+        f"training.global_batch_size ({training.global_batch_size})",
+    )
+
+
+def _check_intervals(checkpoint: CheckpointConfig, evaluation: EvaluationConfig) -> None:
+    _at_least(0, "checkpoint", save_interval=checkpoint.save_interval, keep=checkpoint.keep)
+    _at_least(1, "evaluation", max_tasks=evaluation.max_tasks)
+
+
+def _check_padding(config: Config) -> None:
+    """Rows are whole blocks; under sequence parallelism each rank holds an equal part of the row."""
+    padding, block = config.training.pad_to_multiple, config.rollout.block_size
+    _require(
+        padding % block == 0,
+        f"training.pad_to_multiple ({padding}) must be a multiple of rollout.block_size ({block})",
+    )
+    size = config.parallel.tensor_model_parallel_size
+    _require(
+        not config.parallel.sequence_parallel or padding % size == 0,
+        f"training.pad_to_multiple ({padding}) must be a multiple of parallel.tensor_model_parallel_size ({size}) "
+        "under parallel.sequence_parallel",
+    )
+
+
+def _check_world(config: Config, world_size: int) -> None:
+    training, size = config.training, config.parallel.tensor_model_parallel_size
+    _require(
+        world_size % size == 0,
+        f"parallel.tensor_model_parallel_size ({size}) must divide the number of processes ({world_size})",
+    )
+    data_parallel_size = world_size // size
+    rows = training.micro_batch_size * data_parallel_size
+    _require(
+        training.global_batch_size % rows == 0,
+        f"training.global_batch_size ({training.global_batch_size}) must be a multiple of training.micro_batch_size "
+        f"({training.micro_batch_size}) x data-parallel size ({data_parallel_size}) = {rows}",
+    )

@@ -1,0 +1,233 @@
+"""Every setting of a run, in one torch-free place.
+
+A recipe is YAML with these sections; a flag is the dotted path of a key (`--rollout.block_size 8`); code reads the
+attribute of the same name (`config.rollout.block_size`). Each default stands here and nowhere else. Rules that tie
+several settings together are checked once, in `megatron_opdlm.config.load`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+RemaskingStrategy = Literal["low_confidence_static", "low_confidence_dynamic"]
+CurriculumShape = Literal["linear", "sine", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The block-diffusion model being trained. Give `hf` or `checkpoint`."""
+
+    hf: str | None = None
+    """Hugging Face Qwen3 folder to start from; a mask token is added where the tokenizer has none."""
+    checkpoint: str | None = None
+    """Megatron checkpoint folder to start from, as `tools/convert_hf_to_megatron.py --role student` writes it."""
+    mask_token: str = "<|MASK|>"
+    """Text of the mask token in the student's tokenizer."""
+    transformer: dict = field(default_factory=dict)
+    """Overrides of Megatron's TransformerConfig, by its own field names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The frozen autoregressive model. Give `hf` or `checkpoint`. It may be of another size than the student."""
+
+    hf: str | None = None
+    """Hugging Face Qwen3 folder."""
+    checkpoint: str | None = None
+    """Megatron checkpoint folder, as `tools/convert_hf_to_megatron.py --role teacher` writes it."""
+    transformer: dict = field(default_factory=dict)
+    """Overrides of Megatron's TransformerConfig, by its own field names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the two models are spread over the ranks; data parallelism takes what is left."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each weight matrix."""
+    sequence_parallel: bool = False
+    """Shard the activations between tensor-parallel regions along the sequence. Needs a tensor-parallel size over 1."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    distributed_timeout_minutes: float = 10.0
+    """A collective that takes longer than this ends the run with an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Parameters and activations. Under bfloat16 the optimizer keeps float32 main parameters and gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """The kernel behind the student's block-diffusion attention."""
+
+    backend: Literal["auto", "dense", "aten"] = "auto"
+    """`dense`: a full boolean mask, the slow oracle. `aten`: plain causal flash kernels of PyTorch plus a small
+    in-block part, exact forward and backward. `auto` takes `aten`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the prompts come from."""
+
+    train_files: list[str] = field(default_factory=list)
+    """JSON, JSONL or Parquet files with a `question` per row (text or chat messages)."""
+    max_prompt_tokens: int = 2048
+    """Longer prompts are left out and counted."""
+    apply_chat_template: bool = True
+    """Wrap each question with the tokenizer's chat template; otherwise it is tokenized as it stands."""
+    enable_thinking: bool = False
+    """Passed to the chat template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How the student decodes."""
+
+    block_size: int = 4
+    """Consecutive positions of the absolute grid that are denoised together (K)."""
+    denoising_steps_per_block: int = 4
+    """At most this many denoising steps per block (S); not more than `block_size`."""
+    remasking_strategy: RemaskingStrategy = "low_confidence_dynamic"
+    """Which masked positions a denoising step commits."""
+    dynamic_threshold: float = 0.9
+    """`low_confidence_dynamic` commits every position whose confidence is above this."""
+    temperature: float = 1.0
+    """Of the distribution that tokens are drawn from; 0 takes the most likely token."""
+    top_k: int = 0
+    """Draw from the k most likely tokens; 0 for all."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens with at least this probability."""
+    max_new_tokens: int = 4000
+    """Longest response, in tokens; rounded up to the block grid while decoding."""
+    max_new_tokens_by_domain: dict[str, int] = field(default_factory=dict)
+    """Lower caps for single domains, e.g. `{math: 4096, code: 2048}`."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Token ids that end a response besides the tokenizer's end token."""
+    batch_size: int = 128
+    """Sequences that one data-parallel rank decodes at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceConfig:
+    """Forward KL, KL(teacher || student), at each trained position."""
+
+    top_k: int = 0
+    """Sum over the teacher's k most likely tokens only, un-normalised, as in the paper; 0 for the full vocabulary."""
+    chunk_size: int = 512
+    """Trained positions whose logits exist at one time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculaConfig:
+    """Schedules over training steps."""
+
+    length_start: int | None = None
+    """`rollout.max_new_tokens` at the first step; null for no length curriculum."""
+    length_ramp_steps: int = 100
+    """Steps until the full length is reached."""
+    length_shape: CurriculumShape = "linear"
+    """linear: p; sine: sin(pi p / 2); cosine: 1 - cos(pi p / 2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a cosine schedule. Steps are optimizer steps."""
+
+    lr: float = 1e-5
+    """Highest learning rate, reached after the warm-up."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the cosine."""
+    lr_warmup_steps: int = 5
+    """Optimizer steps of linear warm-up from zero."""
+    lr_decay_steps: int | None = None
+    """Optimizer steps over which the cosine falls; null for all of the run."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the denominator."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 for no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The loop: a step rolls out `num_prompts_per_step` prompts and takes one optimizer step per global batch."""
+
+    max_steps: int = 480
+    """Training steps (rollout + optimizer steps) of the run."""
+    num_prompts_per_step: int = 128
+    """Prompts rolled out per step, over all data-parallel ranks."""
+    global_batch_size: int = 8
+    """Rows per optimizer step, over all data-parallel ranks."""
+    micro_batch_size: int = 1
+    """Rows per forward and backward on one rank."""
+    pad_to_multiple: int = 64
+    """Rows of a micro-batch are padded to a multiple of this many tokens."""
+    seed: int = 1234
+    """Of the data order, the rollouts and the states."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is saved, and when."""
+
+    directory: str | None = None
+    """Folder of the checkpoints; null for `checkpoints/` in the run directory. If it holds one, the run resumes."""
+    save_interval: int = 50
+    """Training steps between checkpoints; the last step is always saved. 0 saves at the end only."""
+    keep: int = 2
+    """Newest checkpoints that are kept; 0 for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Scoring responses to tasks with known answers."""
+
+    files: list[str] = field(default_factory=list)
+    """Task files: prompt rows with `source` (a reasoning-gym data set) and the `entry` its verifier needs."""
+    max_tasks: int | None = None
+    """Score the first this many tasks of each file; null for all."""
+    output: str | None = None
+    """File for the scores and the responses, as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """The run directory and what is written there."""
+
+    directory: str = "runs/default"
+    """Run directory: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `report.html`."""
+    tensorboard: bool = True
+    """Write TensorBoard event files too."""
+    progress_bar: bool = True
+    """Show a progress bar on rank 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    curricula: CurriculaConfig = field(default_factory=CurriculaConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

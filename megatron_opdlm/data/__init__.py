@@ -1,0 +1,1 @@
+"""Prompts: reading, tokenizing, and the order in which they are used."""

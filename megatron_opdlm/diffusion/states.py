@@ -1,0 +1,195 @@
+"""The states the student is trained in: partly masked views of the trajectories it decoded itself.
+
+For each block that holds response tokens one of its realised denoising steps `r` is drawn uniformly. The state shows
+the tokens committed before `r` (and the prompt's) and masks the rest of the block, which is exactly what the student
+saw when it took step `r`. A noisy token sees the clean tokens of the blocks before its own, so all blocks of a
+sequence are trained in one forward. A row's draws come from its own generator (`randomness`), so its state does not
+depend on which rows share its batch.
+
+Trained are the masked response positions before the first end token. The end token itself, what follows it in the
+last block, what lies beyond the length limit and the padding are not.
+
+Example: 2 prompt tokens, blocks of 4, end token 9, mask token 0. Block 0 has only step 1 to draw; in block 1 this
+seed draws step 2: the token of step 1 is visible, and token 4 is masked but follows the end token.
+
+    >>> trajectory = Trajectory(
+    ...     prompt_id=12,
+    ...     sample_index=0,
+    ...     prompt_length=2,
+    ...     block_size=4,
+    ...     terminal_ids_T=torch.tensor([3, 5, 7, 6, 8, 1, 9, 4]),
+    ...     step_map_R=torch.tensor([1, 1, 2, 1, 2, 3]),
+    ...     log_probs_R=torch.tensor([-0.5, -0.25, -1.0, -0.125, -0.5, -2.0]),
+    ...     response_length=5,
+    ...     stop_reason="end_token",
+    ...     domain="math",
+    ... )
+    >>> states = select_states(
+    ...     [trajectory], block_size=4, mask_token_id=0, end_token_ids=[9], pad_token_id=2, seed=1, step=0
+    ... )
+    >>> states.noisy_ids_BT.tolist()
+    [[3, 5, 0, 0, 0, 1, 0, 0]]
+    >>> states.is_trained_BT.int().tolist()
+    [[0, 0, 1, 1, 1, 0, 0, 0]]
+    >>> states.is_committed_BT.int().tolist()
+    [[0, 0, 1, 1, 1, 0, 1, 0]]
+
+Legend: `B` sequences, `T` their terminal tokens, `R` response, `M` blocks that hold response tokens, `K` positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from megatron_opdlm.diffusion.blocks import round_up_to_grid
+from megatron_opdlm.diffusion.randomness import sequence_generator
+from megatron_opdlm.diffusion.trajectory import Trajectory, sort_steps
+
+
+@dataclass(frozen=True, eq=False)
+class OnPolicyStates:
+    """A batch of states, rows padded on the right. The module's docstring works through one."""
+
+    clean_ids_BT: torch.Tensor
+    """int64: the terminal sequences. Padding columns hold some valid token id, here and in the noisy stream."""
+    noisy_ids_BT: torch.Tensor
+    """int64: the same with the masked positions replaced by the mask token."""
+    lengths_B: torch.Tensor
+    """int64: real tokens of each row, whole blocks."""
+    is_trained_BT: torch.Tensor
+    """bool: masked, in the response, before the first end token and within the counted length; never padding."""
+    is_committed_BT: torch.Tensor
+    """bool: committed in the drawn step, a subset of the masked. Where also trained, the on-policy gap is measured."""
+    log_probs_BT: torch.Tensor
+    """float32: the rollout's log-probability at response positions, 0 elsewhere."""
+
+    def __post_init__(self) -> None:
+        for name, tensor in self._tensors():
+            expected = self.clean_ids_BT.shape if name.endswith("_BT") else self.clean_ids_BT.shape[:1]
+            assert tensor.shape == expected, f"{name} is {tuple(tensor.shape)}, not {tuple(expected)}"
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.lengths_B)
+
+    @property
+    def num_trained_B(self) -> torch.Tensor:
+        """Trained positions of each row, int64 [B]."""
+        return self.is_trained_BT.sum(dim=1)
+
+    def rows(self, index: slice | Sequence[int] | torch.Tensor) -> OnPolicyStates:
+        """The rows at `index` (a slice or several row numbers), at the same width."""
+        return self._map(lambda name, tensor: tensor[index])
+
+    def to(self, device: torch.device | str) -> OnPolicyStates:
+        """The same states on `device`."""
+        return self._map(lambda name, tensor: tensor.to(device))
+
+    def padded_to(self, multiple: int) -> OnPolicyStates:
+        """The same rows, as wide as the longest of them rounded up to `multiple` tokens: trimmed or padded.
+
+        `multiple` is `training.pad_to_multiple`, itself a multiple of the block size.
+        """
+        width = round_up_to_grid(int(self.lengths_B.max()), multiple)
+        missing = width - self.clean_ids_BT.shape[1]
+        # A negative count trims. Padding is neither attended nor trained, so any valid token id will do: 0.
+        return self._map(lambda name, tensor: pad(tensor, (0, missing)) if name.endswith("_BT") else tensor)
+
+    def loss_weights_BT(self, num_rows_in_global_batch: int) -> torch.Tensor:
+        """float32 [B, T]: weights under which a sum over the global batch is the loss of the method.
+
+        `sum(weights * divergence)` is the mean over a row's trained positions, then the mean over the rows of the
+        global batch, however those are split into micro-batches and over ranks. A row without trained positions adds
+        nothing, but counts as a row.
+        """
+        divisor_B = self.num_trained_B.clamp(min=1) * num_rows_in_global_batch
+        return self.is_trained_BT.float() / divisor_B[:, None]
+
+    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+
+    def _map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> OnPolicyStates:
+        return OnPolicyStates(**{name: change(name, tensor) for name, tensor in self._tensors()})
+
+
+def select_states(
+    trajectories: Sequence[Trajectory],
+    *,
+    block_size: int,
+    mask_token_id: int,
+    end_token_ids: Sequence[int],
+    pad_token_id: int,
+    seed: int,
+    step: int,
+) -> OnPolicyStates:
+    """One state per block of every trajectory (`one_per_block`), one row per trajectory, in their order.
+
+    Args:
+        trajectories: at least one, all decoded with this `block_size`.
+        block_size: K of the absolute grid.
+        mask_token_id: what masked positions hold.
+        end_token_ids: every token that ends a response, as in the rollout.
+        pad_token_id: fills the columns beyond a row's length; any valid id.
+        seed, step: `training.seed` and the training step; with the trajectory's own numbers they seed its draws.
+    """
+    assert trajectories, "states of no trajectory at all"
+    end_ids = torch.tensor(list(end_token_ids), dtype=torch.int64)
+    rows = []
+    for trajectory in trajectories:
+        assert trajectory.block_size == block_size, f"decoded in blocks of {trajectory.block_size}, not {block_size}"
+        numbers = (seed, step, trajectory.prompt_id, trajectory.sample_index)
+        generator = sequence_generator(*numbers, purpose="states")
+        rows.append(_select_row(trajectory, mask_token_id, end_ids, generator))
+    clean, noisy, is_trained, is_committed, log_probs = zip(*rows, strict=True)
+    return OnPolicyStates(
+        clean_ids_BT=pad_sequence(clean, batch_first=True, padding_value=pad_token_id),
+        noisy_ids_BT=pad_sequence(noisy, batch_first=True, padding_value=pad_token_id),
+        lengths_B=torch.tensor([len(ids_T) for ids_T in clean]),
+        is_trained_BT=pad_sequence(is_trained, batch_first=True),
+        is_committed_BT=pad_sequence(is_committed, batch_first=True),
+        log_probs_BT=pad_sequence(log_probs, batch_first=True),
+    )
+
+
+def _select_row(
+    trajectory: Trajectory, mask_token_id: int, end_ids: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, ...]:
+    """Clean ids, noisy ids, trained, committed and log-probabilities of one trajectory, each [T]."""
+    steps_MK = trajectory.steps_by_block_MK
+    drawn_M1 = draw_realised_steps(steps_MK, generator)[:, None]
+    num_prompt, num_response = trajectory.prompt_length, len(trajectory.step_map_R)
+    # Prompt tokens have step 0, which comes before every drawn step: they are visible without a rule of their own.
+    is_masked_R = (steps_MK >= drawn_M1).flatten()[-num_response:]
+    is_committed_R = (steps_MK == drawn_M1).flatten()[-num_response:]
+    clean_T = trajectory.terminal_ids_T
+    noisy_R = clean_T[num_prompt:].masked_fill(is_masked_R, mask_token_id)
+    # The prompt may hold end tokens too (a chat template writes them), so only the response is looked at.
+    is_before_end_R = torch.isin(clean_T[num_prompt:], end_ids).cumsum(dim=0) == 0
+    is_counted_R = torch.arange(num_response) < trajectory.response_length
+    return (
+        clean_T,
+        torch.cat([clean_T[:num_prompt], noisy_R]),
+        pad(is_masked_R & is_before_end_R & is_counted_R, (num_prompt, 0)),
+        pad(is_committed_R, (num_prompt, 0)),
+        pad(trajectory.log_probs_R, (num_prompt, 0)),
+    )
+
+
+def draw_realised_steps(steps_MK: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One of the realised denoising steps of each block, uniformly, int64 [M].
+
+    Args:
+        steps_MK: int64 [M, K], as `Trajectory.steps_by_block_MK`; every block has a step above 0.
+    """
+    sorted_MK, is_realised_MK = sort_steps(steps_MK)
+    num_realised_M = is_realised_MK.sum(dim=1)
+    uniform_M = torch.rand(len(steps_MK), generator=generator, dtype=torch.float64)
+    choice_M = (uniform_M * num_realised_M).long()
+    is_chosen_MK = is_realised_MK & (is_realised_MK.cumsum(dim=1) == choice_M[:, None] + 1)
+    return sorted_MK[is_chosen_MK]

@@ -1,0 +1,3 @@
+"""Scoring responses against tasks with known answers."""
+
+import megatron_opdlm.parallel  # noqa: F401  the CPU seam precedes any import of megatron.core

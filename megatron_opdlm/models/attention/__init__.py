@@ -1,0 +1,1 @@
+"""Block-diffusion attention: one interface, one file per kernel."""

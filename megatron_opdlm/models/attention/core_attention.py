@@ -1,0 +1,95 @@
+"""The core attention modules that Megatron's SelfAttention calls: one for the student, one for the teacher.
+
+Both take Megatron's `[S, B, heads, D]` queries, keys and values after QK-norm and RoPE and return `[S, B, heads * D]`.
+The student's input is either two streams stacked in the batch dimension (training) or a flat list of tokens that a
+key-value cache knows how to place (rollout); the same weights, the same module.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_opdlm.models.attention.backend import AttentionBackend
+
+
+class KeyValueCache(Protocol):
+    """What the student's core attention needs of a cache while it decodes."""
+
+    def attend(
+        self, layer_number: int, query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Stores the keys and values, attends to everything visible, returns `[T, N, D]`."""
+        ...
+
+
+class CoreAttention(MegatronModule):
+    """What both share: the constructor that Megatron's specs call, and the softmax scale."""
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: object
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+
+class BlockDiffusionCoreAttention(CoreAttention):
+    """Block-diffusion attention over a clean and a noisy stream, or over a key-value cache while one is attached.
+
+    In training the batch holds the clean rows, then the noisy ones, and `attention_mask` carries their lengths as an
+    integer tensor `[B]`: a tensor argument survives activation recompute and interleaved pipeline micro-batches, which
+    a field set on the module would not.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *, backend: AttentionBackend, block_size: int, **kwargs: object
+    ) -> None:
+        super().__init__(config, layer_number, **kwargs)
+        self.backend = backend
+        self.block_size = block_size
+        self.cache: KeyValueCache | None = None
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        /,
+        **_: object,
+    ) -> torch.Tensor:
+        """`[S, 2B, heads, D]` with lengths `[B]` as the mask, or `[T, 1, heads, D]` with a cache attached."""
+        if self.cache is not None:
+            attended = self.cache.attend(self.layer_number, query[:, 0], key[:, 0], value[:, 0], self.scale)
+            return attended.flatten(1)[:, None]
+        # [S, 2B, heads, D] -> three tensors [B, S, heads, D] for each stream
+        clean, noisy = zip(*(x.transpose(0, 1).chunk(2) for x in (query, key, value)), strict=True)
+        streams = self.backend.attend(
+            *clean, *noisy, lengths=attention_mask, block_size=self.block_size, scale=self.scale
+        )
+        return torch.cat(streams).flatten(2).transpose(0, 1)
+
+
+class CausalCoreAttention(CoreAttention):
+    """The teacher's plain causal attention. Rows are padded on the right, so no mask is needed."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        /,
+        **_: object,
+    ) -> torch.Tensor:
+        """`[S, B, heads, D]` -> `[S, B, heads * D]`."""
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        attended = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return attended.permute(2, 0, 1, 3).flatten(2)

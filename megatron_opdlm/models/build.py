@@ -1,0 +1,161 @@
+"""Student and teacher as one Megatron GPTModel class, which stops at the hidden states.
+
+    teacher = build_model(architecture, CausalCoreAttention, parallel=..., dtype=..., padded_vocab_size=..., overrides={})
+    hidden = teacher(ids, position_ids, None)                  # [S, B, H], sharded along S under sequence parallelism
+    logits = teacher.vocab_parallel_logits(hidden_NH)          # [N, V / tensor-parallel size]
+
+Logits exist only where somebody needs them (trained positions, masked positions), so the model's forward leaves them out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+
+from megatron_opdlm.config.schema import ParallelConfig
+from megatron_opdlm.models.layer_specs import qwen3_block_spec
+from megatron_opdlm.models.qwen3 import DTYPES, Qwen3Architecture
+
+
+class Qwen3Model(GPTModel):
+    """A Megatron GPTModel of Qwen3's shape whose forward ends at the final norm."""
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Hidden states `[S, B, H]` of `input_ids [B, S]` at absolute positions `position_ids [S]`.
+
+        Under sequence parallelism the result is this rank's part along S. All tensor-parallel ranks must call it.
+        """
+        embedded = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
+        return self.decoder(
+            hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=self._rotary_frequencies(position_ids)
+        )
+
+    def _rotary_frequencies(self, position_ids_S: torch.Tensor) -> torch.Tensor:
+        """Angles `[S, 1, 1, D]`. Positions are explicit because rollout places a block anywhere in a sequence."""
+        inverse = self.rotary_pos_emb.inv_freq.to(position_ids_S.device)
+        angles = torch.outer(position_ids_S.to(inverse.dtype), inverse)
+        return torch.cat((angles, angles), dim=-1)[:, None, None]
+
+    def whole_sequence(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
+        """The hidden states of all positions on every rank; gathers over the tensor-parallel group if they are sharded.
+
+        The gradient that comes back must be the full one on every rank, as `distillation.loss` makes it.
+        """
+        if not self.config.sequence_parallel:
+            return hidden_SBH
+        return gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """This rank's rows `[V / tensor-parallel size, H]` of the output layer, which may be the embedding."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def vocab_parallel_logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, V / tensor-parallel size]` over this rank's rows of the vocabulary."""
+        return hidden_NH @ self.output_weight.t()
+
+
+def build_model(
+    architecture: Qwen3Architecture,
+    core_attention: Callable,
+    *,
+    parallel: ParallelConfig,
+    dtype: str,
+    padded_vocab_size: int,
+    overrides: dict,
+) -> Qwen3Model:
+    """A model with uninitialised weights on this rank's device. All ranks must call it.
+
+    `padded_vocab_size` is the same for student and teacher, so that their vocabulary shards line up.
+    """
+    config = transformer_config(architecture, parallel=parallel, dtype=dtype, overrides=overrides)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Qwen3Model(
+        config,
+        qwen3_block_spec(config, core_attention),
+        vocab_size=padded_vocab_size,
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=groups.pp.rank() == 0,
+        post_process=groups.pp.rank() == groups.pp.size() - 1,
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+    )
+
+
+def transformer_config(
+    architecture: Qwen3Architecture, *, parallel: ParallelConfig, dtype: str, overrides: dict
+) -> TransformerConfig:
+    """Megatron's configuration of the architecture. ValueError names what does not fit."""
+    _check_divisible(architecture, parallel)
+    settings = _architecture_settings(architecture) | _runtime_settings(parallel, DTYPES[dtype])
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if unknown := sorted(set(overrides) - known):
+        raise ValueError(f"transformer.{unknown[0]} is not a field of Megatron's TransformerConfig")
+    with warnings.catch_warnings(action="ignore"):  # of its own defaults for CUDA graphs
+        return TransformerConfig(**(settings | overrides))
+
+
+def _architecture_settings(architecture: Qwen3Architecture) -> dict:
+    return {
+        "num_layers": architecture.num_hidden_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.intermediate_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_key_value_heads,
+        "kv_channels": architecture.head_dim,
+        "layernorm_epsilon": architecture.rms_norm_eps,
+        "normalization": "RMSNorm",
+        "qk_layernorm": True,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def _runtime_settings(parallel: ParallelConfig, dtype: torch.dtype) -> dict:
+    """Fusions that need Transformer Engine or apex stay off; weights are loaded, never initialised."""
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "perform_initialization": False,
+        "gradient_accumulation_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+        # Losses come as sums with their number of rows; Megatron divides once, by the global batch's total, so the
+        # gradient does not depend on how rows are split into micro-batches and ranks.
+        "calculate_per_token_loss": True,
+        "finalize_model_grads_func": finalize_model_grads,
+    }
+
+
+def _check_divisible(architecture: Qwen3Architecture, parallel: ParallelConfig) -> None:
+    size = parallel.tensor_model_parallel_size
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(architecture, name) % size:
+            raise ValueError(
+                f"parallel.tensor_model_parallel_size ({size}) must divide {name} ({getattr(architecture, name)})"
+            )

@@ -1,0 +1,1 @@
+"""What a run tells people: logs, metrics, timings, reports. Imports no torch."""

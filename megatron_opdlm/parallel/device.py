@@ -1,0 +1,14 @@
+"""The device of this process."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -1,0 +1,192 @@
+"""Block by block, step by step: decoding a batch of prompts with the student.
+
+The algorithm (ALGORITHM of the method, rollout):
+
+    prefill the whole blocks of each prompt into the cache
+    while some sequence is not done:
+        forward the current block of each, with its previous block in front where that one has just become clean
+        draw a token at every masked position; commit those the remasking strategy selects
+        a block without masks is finished: stop at an end token or at the last block, else go on to the next block
+
+The forward that takes the first step of a block is the one that writes the clean block before it into the cache, so no
+forward is spent on committing alone, and none follows the last block. Sequences in different phases share a forward.
+
+Legend: `B` sequences of the batch, `A` of them active, `K` block, `L` cache length, `M` masked positions, `S` steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_opdlm.config.schema import RolloutConfig
+from megatron_opdlm.data.special_tokens import SpecialTokens
+from megatron_opdlm.diffusion.blocks import block_start, commit_schedule, round_up_to_grid
+from megatron_opdlm.diffusion.remasking import select_commits
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.models.build import Qwen3Model
+from megatron_opdlm.rollout.forward import cached_forward, whole_logits
+from megatron_opdlm.rollout.kv_cache import KeyValueCache, QueryTokens, attached
+from megatron_opdlm.rollout.token_sampling import draw_tokens
+
+PREFILL_TOKENS = 16384
+"""Rows times longest prompt of one prefill forward: bounds its attention mask and activations."""
+
+
+@dataclass(frozen=True)
+class DecodingRequest:
+    """One sequence to decode."""
+
+    prompt_id: int
+    prompt_ids: list[int]
+    max_new_tokens: int
+    generator: torch.Generator
+    """Of this sequence alone, so its draws do not depend on the rest of the batch."""
+    sample_index: int = 0
+    domain: str = ""
+
+
+class BlockDecoder:
+    """The state of a batch of sequences while it is decoded.
+
+    `decode()` runs under the caller's no_grad; all ranks of a tensor-parallel group must decode the same requests.
+    """
+
+    def __init__(
+        self, model: Qwen3Model, requests: list[DecodingRequest], rollout: RolloutConfig, special: SpecialTokens
+    ) -> None:
+        self.model, self.requests, self.rollout, self.special = model, requests, rollout, special
+        block_size = rollout.block_size
+        device = model.output_weight.device
+        prompt_lengths = [len(request.prompt_ids) for request in requests]
+        ends = [
+            round_up_to_grid(length + request.max_new_tokens, block_size)
+            for length, request in zip(prompt_lengths, requests, strict=True)
+        ]
+        self.prompt_lengths_B = torch.tensor(prompt_lengths, device=device)
+        self.ends_B = torch.tensor(ends, device=device)
+        self.ids_BL = torch.full((len(requests), max(ends)), special.mask_token_id, device=device)
+        for row, request in enumerate(requests):
+            self.ids_BL[row, : len(request.prompt_ids)] = torch.tensor(request.prompt_ids, device=device)
+        self.is_masked_BL = torch.arange(max(ends), device=device) >= self.prompt_lengths_B[:, None]
+        self.step_map_BL = torch.zeros_like(self.ids_BL)
+        self.log_probs_BL = torch.zeros(self.ids_BL.shape, device=device)
+        self.block_start_B = block_start(self.prompt_lengths_B, block_size)
+        self.step_B = torch.zeros_like(self.prompt_lengths_B)
+        self.previous_is_fresh_B = torch.zeros_like(self.prompt_lengths_B, dtype=torch.bool)
+        self.is_active_B = torch.ones_like(self.previous_is_fresh_B)
+        self.uniforms_BSK = torch.zeros(
+            len(requests), rollout.denoising_steps_per_block, block_size, dtype=torch.float64, device=device
+        )
+        self.schedule_S = commit_schedule(block_size, rollout.denoising_steps_per_block, device)
+        self.end_ids = torch.tensor(special.end_token_ids, device=device)
+        self.offsets_K = torch.arange(block_size, device=device)
+        self.num_forwards = 0
+
+    def decode(self) -> list[Trajectory]:
+        """The trajectories of the requests, in their order."""
+        cache = KeyValueCache(len(self.requests), self.ids_BL.shape[1], self.rollout.block_size)
+        with attached(self.model, cache):
+            self._prefill(cache)
+            rows_A = torch.arange(len(self.requests), device=self.ids_BL.device)
+            self._draw_uniforms(rows_A)
+            while len(rows_A):
+                self._denoise(cache, rows_A)
+                self._advance(rows_A)
+                rows_A = rows_A[self.is_active_B[rows_A]]
+        return [self._trajectory(row) for row in range(len(self.requests))]
+
+    def _prefill(self, cache: KeyValueCache) -> None:
+        """Caches the whole blocks of the prompts, rows of similar length together."""
+        lengths = self.block_start_B.tolist()
+        rows = sorted((row for row in range(len(lengths)) if lengths[row]), key=lambda row: lengths[row])
+        while rows:
+            num_rows = max(1, min(len(rows), PREFILL_TOKENS // lengths[rows[-1]]))
+            rows, group = rows[:-num_rows], rows[-num_rows:]
+            positions = torch.arange(lengths[group[-1]], device=self.ids_BL.device)
+            self._forward(cache, torch.tensor(group, device=positions.device), positions < self.block_start_B[group, None])
+
+    def _forward(self, cache: KeyValueCache, rows_A: torch.Tensor, is_read: torch.Tensor, start_A=0) -> torch.Tensor:
+        """Hidden states `[T, H]` of the positions `start + column` of each row where `is_read [A, columns]`."""
+        row_index, column = is_read.nonzero(as_tuple=True)
+        rows_T = rows_A[row_index]
+        positions_T = column + (start_A[row_index] if torch.is_tensor(start_A) else start_A)
+        self.num_forwards += 1
+        return cached_forward(self.model, cache, QueryTokens(self.ids_BL[rows_T, positions_T], rows_T, positions_T))
+
+    def _denoise(self, cache: KeyValueCache, rows_A: torch.Tensor) -> None:
+        """One denoising step of every active row: forward, draw, commit."""
+        block_size, schedule_S = self.rollout.block_size, self.schedule_S
+        positions_AK = self.block_start_B[rows_A, None] + self.offsets_K
+        is_masked_AK = self.is_masked_BL[rows_A[:, None], positions_AK]
+        step_A = self.step_B[rows_A]
+        previous_AK = self.previous_is_fresh_B[rows_A, None].expand_as(is_masked_AK)
+        is_read = torch.cat([previous_AK, torch.ones_like(previous_AK)], dim=1)
+        hidden_TH = self._forward(cache, rows_A, is_read, self.block_start_B[rows_A] - block_size)
+        is_drawn = torch.cat([torch.zeros_like(is_masked_AK), is_masked_AK], dim=1)[is_read]
+        logits_MV = whole_logits(self.model, hidden_TH[is_drawn], self.special.vocab_size, self.special.mask_token_id)
+        draws = draw_tokens(logits_MV, self.uniforms_BSK[rows_A, step_A][is_masked_AK], self.rollout)
+        log_probs_AK = torch.full(is_masked_AK.shape, float("-inf"), device=logits_MV.device)
+        log_probs_AK[is_masked_AK] = draws.log_probs_N
+        is_committed_AK = select_commits(
+            self.rollout.remasking_strategy,
+            log_probs_AK.exp(),
+            is_masked_AK,
+            schedule_S[step_A],
+            self.rollout.dynamic_threshold,
+            step_A == len(schedule_S) - 1,
+        )
+        self._commit(rows_A, positions_AK, is_masked_AK, is_committed_AK, draws.ids_N, log_probs_AK)
+
+    def _commit(self, rows_A, positions_AK, is_masked_AK, is_committed_AK, ids_M, log_probs_AK) -> None:
+        """Writes the committed tokens, and with each its step and log-probability."""
+        row_index, column = is_committed_AK.nonzero(as_tuple=True)
+        place = rows_A[row_index], positions_AK[row_index, column]
+        self.ids_BL[place] = ids_M[is_committed_AK[is_masked_AK]]
+        self.log_probs_BL[place] = log_probs_AK[row_index, column]
+        self.step_map_BL[place] = self.step_B[rows_A][row_index] + 1
+        self.is_masked_BL[place] = False
+        self.step_B[rows_A] += 1
+        self.previous_is_fresh_B[rows_A] = False
+
+    def _advance(self, rows_A: torch.Tensor) -> None:
+        """Rows whose block is finished stop or go on to the next block."""
+        positions_AK = self.block_start_B[rows_A, None] + self.offsets_K
+        is_finished_A = ~self.is_masked_BL[rows_A[:, None], positions_AK].any(1)
+        is_end_AK = torch.isin(self.ids_BL[rows_A[:, None], positions_AK], self.end_ids)
+        has_ended_A = (is_end_AK & (positions_AK >= self.prompt_lengths_B[rows_A, None])).any(1)
+        is_last_A = positions_AK[:, -1] + 1 >= self.ends_B[rows_A]
+        is_done_A = is_finished_A & (has_ended_A | is_last_A)
+        self.is_active_B[rows_A[is_done_A]] = False
+        next_rows = rows_A[is_finished_A & ~is_done_A]
+        self.block_start_B[next_rows] += self.rollout.block_size
+        self.step_B[next_rows] = 0
+        self.previous_is_fresh_B[next_rows] = True
+        self._draw_uniforms(next_rows)
+
+    def _draw_uniforms(self, rows: torch.Tensor) -> None:
+        """The uniform numbers of a whole block, whichever of them its steps will use: see `DecodingRequest.generator`."""
+        shape = self.uniforms_BSK.shape[1:]
+        if len(rows):
+            drawn = [torch.rand(shape, dtype=torch.float64, generator=self.requests[r].generator) for r in rows.tolist()]
+            self.uniforms_BSK[rows] = torch.stack(drawn).to(rows.device)
+
+    def _trajectory(self, row: int) -> Trajectory:
+        request, start = self.requests[row], len(self.requests[row].prompt_ids)
+        end = int(self.block_start_B[row]) + self.rollout.block_size
+        response = self.ids_BL[row, start:end]
+        is_end = torch.isin(response[: request.max_new_tokens], self.end_ids)
+        has_ended = bool(is_end.any())
+        return Trajectory(
+            prompt_id=request.prompt_id,
+            sample_index=request.sample_index,
+            prompt_length=start,
+            block_size=self.rollout.block_size,
+            terminal_ids_T=self.ids_BL[row, :end].cpu(),
+            step_map_R=self.step_map_BL[row, start:end].cpu(),
+            log_probs_R=self.log_probs_BL[row, start:end].cpu(),
+            response_length=int(is_end.int().argmax()) + 1 if has_ended else len(is_end),
+            stop_reason="end_token" if has_ended else "length",
+            domain=request.domain,
+        )

@@ -1,0 +1,225 @@
+"""The training loop: roll out, select states, learn them, save.
+
+    trainer = Trainer(config)
+    trainer.run()
+
+A step's random numbers depend on the seed, the step and the prompt alone, so a run that is stopped and resumed goes on
+exactly as it would have.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_opdlm.checkpointing import distributed as checkpoints
+from megatron_opdlm.checkpointing.student_and_teacher import (
+    build_student,
+    build_teacher,
+    open_student,
+    open_teacher,
+    padded_vocab_size,
+)
+from megatron_opdlm.checkpointing.train_state import load_train_state, save_train_state
+from megatron_opdlm.config.load import save_config
+from megatron_opdlm.config.schema import Config
+from megatron_opdlm.data.prompts import Prompt, read_prompts
+from megatron_opdlm.data.sampler import PromptStream
+from megatron_opdlm.diffusion.states import OnPolicyStates, select_states
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.distillation.divergences import VocabularyShard
+from megatron_opdlm.observability.timers import PhaseTimers
+from megatron_opdlm.observability.writers import build_writers
+from megatron_opdlm.parallel.device import device
+from megatron_opdlm.parallel.initialize import initialize
+from megatron_opdlm.rollout.engine import RolloutEngine
+from megatron_opdlm.training.curricula import domain_limit, max_new_tokens_at
+from megatron_opdlm.training.optimizer import learning_rate, make_trainable, parameter_count
+from megatron_opdlm.training.step_metrics import StepMetrics
+from megatron_opdlm.training.train_step import TrainStep
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """A run on this rank. The constructor reads everything and resumes if there is something to resume from.
+
+    All ranks must make one and call `run`.
+
+    Raises:
+        ValueError: what the settings name does not exist or does not fit; raised before anything is written.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        source = open_student(config.student, config.rollout.stop_token_ids)
+        teacher_source = open_teacher(config.teacher, source)
+        self.prompts = self._read_prompts(source.tokenizer)
+        self.groups = initialize(config.parallel, config.training.seed)
+        num_rows = padded_vocab_size(config, source.architecture, teacher_source.architecture)
+        model = build_student(source, config, self.groups, num_rows)
+        teacher = build_teacher(teacher_source, config, self.groups, num_rows)
+        self.source, self.special = source, source.special
+        training = config.training
+        steps_per_rollout = training.num_prompts_per_step // training.global_batch_size
+        self.student = make_trainable(model, config.optimizer, training.max_steps * steps_per_rollout)
+        self.engine = RolloutEngine(model, config.rollout, self.special, training.seed)
+        self.timers = PhaseTimers()
+        self.metrics = StepMetrics(source.architecture, teacher_source.architecture, self.groups.dp)
+        shard = self._vocabulary_shard(num_rows, teacher_source.architecture.vocab_size)
+        self.train_step = TrainStep(self.student, teacher, shard, config.divergence, self.timers)
+        self.prompt_stream = PromptStream(len(self.prompts), training.num_prompts_per_step, training.seed)
+        self.step = 0
+        self._resume()
+        self._log_plan(model, teacher)
+
+    def run(self) -> None:
+        """Trains to `training.max_steps` and saves the last step."""
+        directory = Path(self.config.logging.directory)
+        if dist.get_rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, directory / "config.yaml")
+        writers = build_writers(self.config.logging, dist.get_rank(), self.step)
+        show = self.config.logging.progress_bar and dist.get_rank() == 0
+        with tqdm(total=self.config.training.max_steps, initial=self.step, disable=not show, unit="step") as bar:
+            while self.step < self.config.training.max_steps:
+                metrics = self._one_step()
+                writers.write(self.step, metrics)
+                self.step += 1
+                bar.set_postfix_str(_summary(metrics))
+                bar.update()
+                if self._is_save_due():
+                    self._save()
+        writers.close()
+
+    def _one_step(self) -> dict[str, float]:
+        """The algorithm: a rollout, its states, one optimizer step per global batch."""
+        self.timers.reset()
+        with self.timers.phase("total"):
+            limit = max_new_tokens_at(self.step, self.config.curricula, self.config.rollout)
+            prompts = self._share(self.prompt_stream.next_batch())
+            with self.timers.phase("rollout"):
+                trajectories = self.engine.generate(prompts, self.step, lambda prompt: self._limit(prompt, limit))
+            states = self._select_states(trajectories)
+            step_sums = [self.train_step(micro_batches) for micro_batches in self._global_batches(states)]
+        return self.metrics.of_step(
+            trajectories, step_sums, self.timers.seconds(), self.engine, learning_rate(self.student), limit
+        )
+
+    def _share(self, indices: list[int]) -> list[Prompt]:
+        """This data-parallel rank's prompts: every global batch is spread evenly over the ranks."""
+        return [self.prompts[index] for index in indices[self.groups.dp.rank() :: self.groups.dp.size()]]
+
+    def _limit(self, prompt: Prompt, limit: int) -> int:
+        return domain_limit(prompt.domain, limit, self.config.rollout)
+
+    def _select_states(self, trajectories: list[Trajectory]) -> OnPolicyStates:
+        return select_states(
+            trajectories,
+            block_size=self.config.rollout.block_size,
+            mask_token_id=self.special.mask_token_id,
+            end_token_ids=self.special.end_token_ids,
+            pad_token_id=self.special.pad_token_id,
+            seed=self.config.training.seed,
+            step=self.step,
+        )
+
+    def _global_batches(self, states: OnPolicyStates) -> list[list[OnPolicyStates]]:
+        """This rank's rows of each global batch as micro-batches of rows of similar length, on the device."""
+        training = self.config.training
+        rows_per_step = training.global_batch_size // self.groups.dp.size()
+        batches = []
+        for begin in range(0, states.num_rows, rows_per_step):
+            rows = states.rows(slice(begin, begin + rows_per_step))
+            order = rows.lengths_B.argsort(stable=True).split(training.micro_batch_size)
+            batches.append([rows.rows(some).padded_to(training.pad_to_multiple).to(device()) for some in order])
+        return batches
+
+    def _read_prompts(self, tokenizer) -> list[Prompt]:
+        data = self.config.data
+        read = read_prompts(
+            data.train_files,
+            tokenizer,
+            max_prompt_tokens=data.max_prompt_tokens,
+            apply_chat_template=data.apply_chat_template,
+            enable_thinking=data.enable_thinking,
+        )
+        if read.num_too_long:
+            logger.info("%d prompts of over %d tokens are left out", read.num_too_long, data.max_prompt_tokens)
+        return read.prompts
+
+    def _vocabulary_shard(self, num_rows: int, teacher_vocab_size: int) -> VocabularyShard:
+        rows = num_rows // self.groups.tp.size()
+        return VocabularyShard(
+            first=self.groups.tp.rank() * rows,
+            num_rows=rows,
+            # a mask token without a row at the teacher lies behind its vocabulary, and takes no part anyway
+            vocab_size=min(self.special.vocab_size, teacher_vocab_size),
+            mask_token_id=self.special.mask_token_id,
+            group=self.groups.tp,
+        )
+
+    @property
+    def _checkpoint_directory(self) -> Path:
+        return Path(self.config.checkpoint.directory or Path(self.config.logging.directory) / "checkpoints")
+
+    def _is_save_due(self) -> bool:
+        interval = self.config.checkpoint.save_interval
+        return self.step == self.config.training.max_steps or bool(interval and self.step % interval == 0)
+
+    def _save(self) -> None:
+        progress = {
+            "step": self.step,
+            "prompt_stream": self.prompt_stream.state_dict(),
+            "scheduler": self.student.scheduler.state_dict(),
+            "totals": self.metrics.state_dict(),
+        }
+        save_train_state(
+            checkpoints.step_folder(self._checkpoint_directory, self.step),
+            self.student.model,
+            self.student.optimizer,
+            self.groups,
+            progress,
+            self.source,
+            self.config,
+        )
+        if dist.get_rank() == 0:
+            checkpoints.remove_old_checkpoints(self._checkpoint_directory, self.config.checkpoint.keep)
+
+    def _resume(self) -> None:
+        folder = checkpoints.newest_checkpoint(self._checkpoint_directory)
+        if folder is None:
+            return
+        progress = load_train_state(folder, self.student.model, self.student.optimizer, self.groups)
+        self.step = progress["step"]
+        self.prompt_stream.load_state_dict(progress["prompt_stream"])
+        self.student.scheduler.load_state_dict(progress["scheduler"])
+        self.metrics.load_state_dict(progress["totals"])
+        logger.info("resumed from %s at step %d", folder, self.step)
+
+    def _log_plan(self, model, teacher) -> None:
+        training, ranks = self.config.training, self.groups.dp.size()
+        logger.info(
+            "student %.3g and teacher %.3g parameters on each of %d tensor-parallel ranks",
+            parameter_count(model),
+            parameter_count(teacher),
+            self.groups.tp.size(),
+        )
+        logger.info(
+            "%d prompts a step / %d data-parallel ranks = %d per rank; %d optimizer steps of %d rows",
+            training.num_prompts_per_step,
+            ranks,
+            training.num_prompts_per_step // ranks,
+            training.num_prompts_per_step // training.global_batch_size,
+            training.global_batch_size,
+        )
+
+
+def _summary(metrics: dict[str, float]) -> str:
+    return (
+        f"loss {metrics['train/loss']:.4f}, {metrics['rollout/tokens_per_step']:.2f} tokens/step, "
+        f"agreement {metrics['train/teacher_agreement']:.3f}"
+    )

@@ -1,0 +1,96 @@
+"""The divergence with its vocabulary split over two ranks is the one of the whole vocabulary."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_opdlm.distillation.divergences import VocabularyShard
+from megatron_opdlm.distillation.vocabulary_parallel import global_top_k
+from tests.ranks import run_on_ranks
+from tests.unit.test_divergences import (
+    MASK_TOKEN_ID,
+    NUM_ROWS,
+    TOP_KS,
+    VOCAB_SIZE,
+    assert_same,
+    plain_forward_kl,
+    random_inputs,
+    with_gradients,
+)
+
+CASES = [
+    *itertools.product([torch.float64], [1, 7, 100], TOP_KS),
+    *itertools.product([torch.float32], [7], TOP_KS),
+]
+TIED_LOGITS = [2.0, 1.0, 2.0, 0.0, 1.0, 2.0, 1.0, -math.inf]
+
+
+def shard_of(rank: int, num_rows: int, **fields: Any) -> VocabularyShard:
+    return VocabularyShard(rank * num_rows, num_rows, group=dist.group.WORLD, **fields)
+
+
+def every_case(rank: int) -> list[dict[str, torch.Tensor]]:
+    shard = shard_of(rank, NUM_ROWS // 2, vocab_size=VOCAB_SIZE, mask_token_id=MASK_TOKEN_ID)
+    results = []
+    for dtype, chunk_size, top_k in CASES:
+        inputs = random_inputs(dtype)
+        for name in ("student_weight_VH", "teacher_weight_VH"):
+            rows = inputs[name].detach()[shard.first : shard.first + shard.num_rows]
+            inputs[name] = rows.clone().requires_grad_(name.startswith("student"))
+        results.append(with_gradients(inputs, shard=shard, chunk_size=chunk_size, top_k=top_k))
+    return results
+
+
+def top_k_of_tied_logits(rank: int) -> list[list[int]]:
+    shard = shard_of(rank, 4, vocab_size=8, mask_token_id=8)
+    logits_NV = torch.tensor([TIED_LOGITS[shard.first : shard.first + 4]])
+    return [global_top_k(logits_NV, k, shard)[0].tolist() for k in range(1, 10)]
+
+
+def no_positions(rank: int) -> float:
+    shard = shard_of(rank, NUM_ROWS, vocab_size=VOCAB_SIZE, mask_token_id=MASK_TOKEN_ID)
+    inputs = {name: value if "weight_VH" in name else value[:0] for name, value in random_inputs().items()}
+    inputs["student_hidden_NH"].retain_grad()
+    return with_gradients(inputs, shard=shard, chunk_size=4, top_k=3)["loss"].item()
+
+
+def fail_on_the_second_rank(rank: int) -> None:
+    if rank == 1:
+        raise LookupError("the reason")
+    dist.barrier()
+
+
+@pytest.fixture(scope="module")
+def results_of_ranks() -> list[list[dict[str, torch.Tensor]]]:
+    return run_on_ranks(every_case, 2)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[" ".join(map(str, case)) for case in CASES])
+def test_values_and_gradients_on_two_ranks_match_the_plain_formula(results_of_ranks, case):
+    first, second = (results[case] for results in results_of_ranks)
+    dtype, _, top_k = CASES[case]
+    weight_gradient = torch.cat([first["weight_gradient"], second["weight_gradient"]])
+    expected = plain_forward_kl(random_inputs(dtype), top_k)
+    for on_rank in (first, second):
+        assert_same(on_rank | {"weight_gradient": weight_gradient}, expected, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_top_k_over_two_ranks_is_the_stable_descending_sort():
+    expected = sorted(range(8), key=lambda i: (-TIED_LOGITS[i], i))
+    for lists in run_on_ranks(top_k_of_tied_logits, 2):
+        assert lists == [expected[:k] for k in range(1, 10)]
+
+
+def test_no_positions_leave_the_ranks_in_step():
+    assert run_on_ranks(no_positions, 2) == [0.0, 0.0]
+
+
+def test_a_failing_rank_ends_the_others_and_shows_its_traceback():
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=r"fail_on_the_second_rank[\s\S]*the reason"):
+        run_on_ranks(fail_on_the_second_rank, 2)

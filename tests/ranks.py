@@ -1,0 +1,65 @@
+"""Runs a function on several processes that form one gloo process group, for tests of what ranks do together.
+
+def add_up(rank: int, start: int) -> int:
+    total = torch.tensor(start + rank)
+    dist.all_reduce(total)
+    return total.item()
+
+assert run_on_ranks(add_up, 2, 10) == [21, 21]
+"""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIME_LIMIT = 120.0
+"""Seconds after which a test's processes are ended."""
+
+
+def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """[function(rank, *arguments) for every rank], each in a fresh process with the default process group initialised.
+
+    `function` is at module level; arguments and return values can be pickled. No process outlives the call. Raises
+    `torch.multiprocessing.ProcessRaisedException`, with the traceback, for the first rank that fails, and TimeoutError
+    after TIME_LIMIT seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = mp.start_processes(_run_rank, (function, world_size, folder, arguments), world_size, join=False)
+        try:
+            _wait_for(ranks, function.__name__)
+        finally:
+            for process in ranks.processes:
+                process.kill()
+                process.join()
+        return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(world_size)]
+
+
+def _wait_for(ranks: mp.ProcessContext, name: str) -> None:
+    deadline = time.monotonic() + TIME_LIMIT
+    while not ranks.join(timeout=max(deadline - time.monotonic(), 0.0)):
+        if time.monotonic() >= deadline:
+            raise TimeoutError(f"{name} did not finish on all ranks within {TIME_LIMIT:.0f} s")
+
+
+def _run_rank(rank: int, function: Callable[..., Any], world_size: int, folder: str, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    # A file instead of a TCP port for the rendezvous: no other process can take it.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=TIME_LIMIT),
+    )
+    Path(folder, str(rank)).write_bytes(pickle.dumps(function(rank, *arguments)))
+    dist.destroy_process_group()
