@@ -10,9 +10,11 @@ assert run_on_ranks(add_up, 2, 10) == [21, 21]
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -30,13 +32,15 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any)
     """[function(rank, *arguments) for every rank], each in a fresh process with the default process group initialised.
 
     `function` is at module level; arguments and return values can be pickled. No process outlives the call. Raises
-    `torch.multiprocessing.ProcessRaisedException`, with the traceback, for the first rank that fails, and TimeoutError
-    after TIME_LIMIT seconds.
+    RuntimeError with the traceback of the rank that failed first, `torch.multiprocessing.ProcessExitedException` where
+    a process died without one, and TimeoutError after TIME_LIMIT seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.start_processes(_run_rank, (function, world_size, folder, arguments), world_size, join=False)
         try:
             _wait_for(ranks, function.__name__)
+        except mp.ProcessRaisedException:
+            raise RuntimeError(Path(folder, "failure").read_text()) from None
         finally:
             for process in ranks.processes:
                 process.kill()
@@ -54,12 +58,18 @@ def _wait_for(ranks: mp.ProcessContext, name: str) -> None:
 def _run_rank(rank: int, function: Callable[..., Any], world_size: int, folder: str, arguments: tuple) -> None:
     torch.set_num_threads(1)
     # A file instead of a TCP port for the rendezvous: no other process can take it.
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=TIME_LIMIT),
-    )
-    Path(folder, str(rank)).write_bytes(pickle.dumps(function(rank, *arguments)))
+    rendezvous, limit = f"file://{folder}/rendezvous", timedelta(seconds=TIME_LIMIT)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=limit)
+    try:
+        result = function(rank, *arguments)
+    except BaseException:
+        _note_failure(Path(folder, "failure"), rank)
+        raise
+    Path(folder, str(rank)).write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
+
+
+def _note_failure(path: Path, rank: int) -> None:
+    # The first rank to fail still has its connections open; what the others raise once they close is of no interest.
+    with contextlib.suppress(FileExistsError), path.open("x") as file:
+        file.write(f"on rank {rank}:\n{traceback.format_exc()}")

@@ -53,8 +53,9 @@ VOCAB_SIZE = 384
 ROPE_THETA = 1e6
 MAX_LENGTH = 1024
 IGNORED = -100
+NUM_QUICKSTART_TASKS = 256
 HELDOUT_SEED = 0
-"""The held-out tasks are those that `tasks.py` writes by default."""
+"""The first held-out tasks are those that `tasks.py` writes by default."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -177,14 +178,6 @@ def respond(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: l
     return tokenizer.batch_decode(ids_BT[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]]) -> float:
-    """The share of tasks whose greedy response the tasks' own verifier finds fully correct."""
-    from megatron_opdlm.evaluation.verifiable_tasks import score_response
-
-    responses = respond(model, tokenizer, rows)
-    return sum(score_response(row, text) == 1.0 for row, text in zip(rows, responses, strict=True)) / len(rows)
-
-
 def training_batches(
     tokenizer: PreTrainedTokenizerFast, batch_size: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -194,9 +187,11 @@ def training_batches(
         yield make_batch(tokenizer, list(islice(rows, batch_size)))
 
 
-def describe(model: Qwen3ForCausalLM, arguments: argparse.Namespace, share_correct: float, seconds: float) -> str:
+def describe(model: Qwen3ForCausalLM, arguments: argparse.Namespace, is_correct: list[bool], seconds: float) -> str:
     """The text of the folder's README.md."""
     config = model.config
+    first = is_correct[:NUM_QUICKSTART_TASKS]
+    share, share_of_first = sum(is_correct) / len(is_correct), sum(first) / len(first)
     return f"""# The quickstart's teacher
 
 A Qwen3 trained from scratch to solve `chain_sum` tasks of reasoning-gym: two or three numbers of one or two digits,
@@ -205,8 +200,9 @@ added and subtracted, one running sum a line.
     23 + 45 - 7 =    ->    23+45=68
                            68-7=61
 
-- Accuracy: {share_correct:.4f} on {arguments.num_heldout} held-out tasks (greedy; checked by the library's verifier).
-  No expression among them is a training task of the teacher, nor a prompt of the distillation.
+- Accuracy: {share:.4f} on {len(is_correct):,} held-out tasks, {share_of_first:.4f} on the first {len(first)}, which
+  the quickstart scores (greedy; checked by the library's verifier). No expression among them is a training task of the
+  teacher, nor a prompt of the distillation.
 - Size: {model.num_parameters():,} float32 parameters; {config.num_hidden_layers} layers of width {config.hidden_size}.
 - Training: {arguments.steps:,} steps of {arguments.batch_size} tasks; {seconds:.0f} seconds.
 - Vocabulary: byte-level BPE in which every digit, sign and newline is a token; Qwen3's special tokens; ChatML.
@@ -247,6 +243,9 @@ def make_teacher(arguments: argparse.Namespace) -> None:
     """Train, score and write the folder: config, weights, tokenizer, README.md."""
     import torch
 
+    from megatron_opdlm.evaluation.verifiable_tasks import score_response
+
+    heldout = draw_distinct("heldout", arguments.num_heldout, HELDOUT_SEED)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     tokenizer = build_tokenizer()
@@ -254,9 +253,12 @@ def make_teacher(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     train(model, training_batches(tokenizer, arguments.batch_size, arguments.seed), arguments.steps, arguments.lr)
     seconds = time.perf_counter() - started
-    share_correct = accuracy(model.eval(), tokenizer, draw_distinct("heldout", arguments.num_heldout, HELDOUT_SEED))
-    write_folder(arguments.output, model, tokenizer, describe(model, arguments, share_correct, seconds))
-    print(f"held-out accuracy {share_correct:.4f}, {seconds:.0f} s of training, written to {arguments.output}")
+    responses = respond(model.eval(), tokenizer, heldout)
+    is_correct = [score_response(row, text) == 1.0 for row, text in zip(heldout, responses, strict=True)]
+    write_folder(arguments.output, model, tokenizer, describe(model, arguments, is_correct, seconds))
+    print(
+        f"{sum(is_correct)} of {len(heldout)} held-out tasks correct, {seconds:.0f} s of training: {arguments.output}"
+    )
 
 
 def main() -> None:
@@ -266,7 +268,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="tasks per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=1234, help="of the weights and of the training tasks")
-    parser.add_argument("--num-heldout", type=int, default=256, help="held-out tasks to score")
+    parser.add_argument("--num-heldout", type=int, default=2048, help="held-out tasks to score")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     make_teacher(parser.parse_args())
 

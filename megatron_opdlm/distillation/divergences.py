@@ -137,7 +137,7 @@ def _divergence_and_gradient(
 
 
 class _Sums(NamedTuple):
-    """Sums over the vocabulary, per position, of exponentials of shifted logits: e^s of the student, e^t of the teacher."""
+    """Per-position sums over the vocabulary, of the shifted logits s of the student and t of the teacher."""
 
     student_C: torch.Tensor  # e^s
     teacher_C: torch.Tensor  # e^t

@@ -138,7 +138,10 @@ def _runtime_settings(parallel: ParallelConfig, dtype: torch.dtype) -> dict:
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "use_cpu_initialization": not torch.cuda.is_available(),
-        "perform_initialization": False,
+        # Megatron marks tensor-parallel weights (gradient norms count them once) while it initialises them.
+        "init_method": _leave_uninitialised,
+        "output_layer_init_method": _leave_uninitialised,
+        "embedding_init_method": _leave_uninitialised,
         "gradient_accumulation_fusion": False,
         "bias_dropout_fusion": False,
         "bias_activation_fusion": False,
@@ -150,6 +153,10 @@ def _runtime_settings(parallel: ParallelConfig, dtype: torch.dtype) -> dict:
         "calculate_per_token_loss": True,
         "finalize_model_grads_func": finalize_model_grads,
     }
+
+
+def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def _check_divisible(architecture: Qwen3Architecture, parallel: ParallelConfig) -> None:

@@ -13,7 +13,7 @@ import sys
 
 
 def set_up_logging() -> None:
-    """Sends the project's log records to stderr; the rank is read from torchrun's RANK. Calling it again is harmless."""
+    """Sends the project's log records to stderr; torchrun's RANK says which. Calling it again is harmless."""
     rank = int(os.environ.get("RANK", "0"))
     logger = logging.getLogger("megatron_opdlm")
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

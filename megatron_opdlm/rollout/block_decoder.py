@@ -103,8 +103,8 @@ class BlockDecoder:
         rows = sorted((row for row in range(len(lengths)) if lengths[row]), key=lambda row: lengths[row])
         while rows:
             num_rows = max(1, min(len(rows), PREFILL_TOKENS // lengths[rows[-1]]))
-            rows, group = rows[:-num_rows], rows[-num_rows:]
-            positions = torch.arange(lengths[group[-1]], device=self.ids_BL.device)
+            rows, group = rows[:-num_rows], sorted(rows[-num_rows:])
+            positions = torch.arange(max(lengths[row] for row in group), device=self.ids_BL.device)
             self._forward(cache, torch.tensor(group, device=positions.device), positions < self.block_start_B[group, None])
 
     def _forward(self, cache: KeyValueCache, rows_A: torch.Tensor, is_read: torch.Tensor, start_A=0) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """From prompts to trajectories: this rank's share, in batches of similar length.
 
     engine = RolloutEngine(model, config.rollout, special, seed=config.training.seed)
-    trajectories = engine.generate(prompts, step=3, max_new_tokens=lambda prompt: 256)
+    trajectories = engine.generate([RolloutTask(prompt, max_new_tokens=256)], step=3)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +17,16 @@ from megatron_opdlm.diffusion.randomness import sequence_generator
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.models.build import Qwen3Model
 from megatron_opdlm.rollout.block_decoder import BlockDecoder, DecodingRequest
+
+
+@dataclass(frozen=True)
+class RolloutTask:
+    """A prompt to respond to."""
+
+    prompt: Prompt
+    max_new_tokens: int
+    sample_index: int = 0
+    """Which response to that prompt in this step."""
 
 
 class RolloutEngine:
@@ -30,11 +40,9 @@ class RolloutEngine:
         self.num_forwards = 0
 
     @torch.no_grad()
-    def generate(
-        self, prompts: list[Prompt], step: int, max_new_tokens: Callable[[Prompt], int]
-    ) -> list[Trajectory]:
-        """One trajectory per prompt, in their order. All ranks of a tensor-parallel group pass the same prompts."""
-        requests = [self._request(prompt, step, max_new_tokens(prompt)) for prompt in prompts]
+    def generate(self, tasks: list[RolloutTask], step: int) -> list[Trajectory]:
+        """One trajectory per task, in their order. All ranks of a tensor-parallel group pass the same tasks."""
+        requests = [self._request(task, step) for task in tasks]
         longest_first = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))
         trajectories: dict[int, Trajectory] = {}
         for begin in range(0, len(requests), self.rollout.batch_size):
@@ -44,11 +52,13 @@ class RolloutEngine:
             self.num_forwards += decoder.num_forwards
         return [trajectories[index] for index in range(len(requests))]
 
-    def _request(self, prompt: Prompt, step: int, max_new_tokens: int) -> DecodingRequest:
+    def _request(self, task: RolloutTask, step: int) -> DecodingRequest:
+        prompt_id, sample_index = task.prompt.prompt_id, task.sample_index
         return DecodingRequest(
-            prompt_id=prompt.prompt_id,
-            prompt_ids=list(prompt.token_ids),
-            max_new_tokens=max_new_tokens,
-            generator=sequence_generator(self.seed, step, prompt.prompt_id, 0, purpose="rollout"),
-            domain=prompt.domain,
+            prompt_id=prompt_id,
+            sample_index=sample_index,
+            prompt_ids=list(task.prompt.token_ids),
+            max_new_tokens=task.max_new_tokens,
+            generator=sequence_generator(self.seed, step, prompt_id, sample_index, purpose="rollout"),
+            domain=task.prompt.domain,
         )

@@ -29,7 +29,7 @@ from megatron_opdlm.models.build import Qwen3Model
 class QueryTokens:
     """The tokens of one forward: `ids_T[i]` stands in cache row `rows_T[i]` at position `positions_T[i]`.
 
-    Tokens of one row are adjacent and ascending in position.
+    Rows ascend, and positions within a row.
 
     Example: row 0 denoises block 1 and row 2 commits block 0 while it takes the first step of block 1 (K = 2):
         ids_T = [90, 99, 7, 8, 99, 99], rows_T = [0, 0, 2, 2, 2, 2], positions_T = [2, 3, 0, 1, 2, 3]

@@ -35,7 +35,7 @@ from megatron_opdlm.observability.timers import PhaseTimers
 from megatron_opdlm.observability.writers import build_writers
 from megatron_opdlm.parallel.device import device
 from megatron_opdlm.parallel.initialize import initialize
-from megatron_opdlm.rollout.engine import RolloutEngine
+from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
 from megatron_opdlm.training.curricula import domain_limit, max_new_tokens_at
 from megatron_opdlm.training.optimizer import learning_rate, make_trainable, parameter_count
 from megatron_opdlm.training.step_metrics import StepMetrics
@@ -100,21 +100,27 @@ class Trainer:
         self.timers.reset()
         with self.timers.phase("total"):
             limit = max_new_tokens_at(self.step, self.config.curricula, self.config.rollout)
-            prompts = self._share(self.prompt_stream.next_batch())
+            tasks = self._share(self.prompt_stream.next_batch(), limit)
             with self.timers.phase("rollout"):
-                trajectories = self.engine.generate(prompts, self.step, lambda prompt: self._limit(prompt, limit))
+                trajectories = self.engine.generate(tasks, self.step)
             states = self._select_states(trajectories)
             step_sums = [self.train_step(micro_batches) for micro_batches in self._global_batches(states)]
+        seconds = self.timers.seconds()
         return self.metrics.of_step(
-            trajectories, step_sums, self.timers.seconds(), self.engine, learning_rate(self.student), limit
+            trajectories, step_sums, seconds, lr=learning_rate(self.student), length_limit=limit
         )
 
-    def _share(self, indices: list[int]) -> list[Prompt]:
-        """This data-parallel rank's prompts: every global batch is spread evenly over the ranks."""
-        return [self.prompts[index] for index in indices[self.groups.dp.rank() :: self.groups.dp.size()]]
+    def _share(self, indices: list[int], limit: int) -> list[RolloutTask]:
+        """This data-parallel rank's part of the step's prompts: every global batch is spread evenly over the ranks.
 
-    def _limit(self, prompt: Prompt, limit: int) -> int:
-        return domain_limit(prompt.domain, limit, self.config.rollout)
+        A prompt that comes twice in a step (at an epoch's end, or in a small data set) gets another sample index.
+        """
+        tasks = []
+        for place, index in enumerate(indices):
+            prompt = self.prompts[index]
+            max_new_tokens = domain_limit(prompt.domain, limit, self.config.rollout)
+            tasks.append(RolloutTask(prompt, max_new_tokens, sample_index=indices[:place].count(index)))
+        return tasks[self.groups.dp.rank() :: self.groups.dp.size()]
 
     def _select_states(self, trajectories: list[Trajectory]) -> OnPolicyStates:
         return select_states(

@@ -31,6 +31,11 @@ CASES = [
 TIED_LOGITS = [2.0, 1.0, 2.0, 0.0, 1.0, 2.0, 1.0, -math.inf]
 
 
+def on_rank(rank: int) -> tuple[list[dict[str, torch.Tensor]], list[list[int]], float]:
+    """What each test looks at, in one start of the processes."""
+    return every_case(rank), top_k_of_tied_logits(rank), loss_of_no_positions(rank)
+
+
 def shard_of(rank: int, num_rows: int, **fields: Any) -> VocabularyShard:
     return VocabularyShard(rank * num_rows, num_rows, group=dist.group.WORLD, **fields)
 
@@ -53,7 +58,7 @@ def top_k_of_tied_logits(rank: int) -> list[list[int]]:
     return [global_top_k(logits_NV, k, shard)[0].tolist() for k in range(1, 10)]
 
 
-def no_positions(rank: int) -> float:
+def loss_of_no_positions(rank: int) -> float:
     shard = shard_of(rank, NUM_ROWS, vocab_size=VOCAB_SIZE, mask_token_id=MASK_TOKEN_ID)
     inputs = {name: value if "weight_VH" in name else value[:0] for name, value in random_inputs().items()}
     inputs["student_hidden_NH"].retain_grad()
@@ -67,30 +72,30 @@ def fail_on_the_second_rank(rank: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def results_of_ranks() -> list[list[dict[str, torch.Tensor]]]:
-    return run_on_ranks(every_case, 2)
+def both_ranks() -> list[tuple]:
+    return run_on_ranks(on_rank, 2)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[" ".join(map(str, case)) for case in CASES])
-def test_values_and_gradients_on_two_ranks_match_the_plain_formula(results_of_ranks, case):
-    first, second = (results[case] for results in results_of_ranks)
+def test_values_and_gradients_on_two_ranks_match_the_plain_formula(both_ranks, case):
+    first, second = (results[case] for results, _, _ in both_ranks)
     dtype, _, top_k = CASES[case]
-    weight_gradient = torch.cat([first["weight_gradient"], second["weight_gradient"]])
+    whole_weight = {"weight_gradient": torch.cat([first["weight_gradient"], second["weight_gradient"]])}
     expected = plain_forward_kl(random_inputs(dtype), top_k)
-    for on_rank in (first, second):
-        assert_same(on_rank | {"weight_gradient": weight_gradient}, expected, 1e-12 if dtype == torch.float64 else 1e-5)
+    for actual in (first, second):
+        assert_same(actual | whole_weight, expected, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
-def test_top_k_over_two_ranks_is_the_stable_descending_sort():
+def test_top_k_over_two_ranks_is_the_stable_descending_sort(both_ranks):
     expected = sorted(range(8), key=lambda i: (-TIED_LOGITS[i], i))
-    for lists in run_on_ranks(top_k_of_tied_logits, 2):
-        assert lists == [expected[:k] for k in range(1, 10)]
+    for _, id_lists, _ in both_ranks:
+        assert id_lists == [expected[:k] for k in range(1, 10)]
 
 
-def test_no_positions_leave_the_ranks_in_step():
-    assert run_on_ranks(no_positions, 2) == [0.0, 0.0]
+def test_no_positions_leave_the_ranks_in_step(both_ranks):
+    assert [loss for _, _, loss in both_ranks] == [0.0, 0.0]
 
 
 def test_a_failing_rank_ends_the_others_and_shows_its_traceback():
-    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=r"fail_on_the_second_rank[\s\S]*the reason"):
+    with pytest.raises(RuntimeError, match=r"on rank 1:[\s\S]*fail_on_the_second_rank[\s\S]*LookupError: the reason"):
         run_on_ranks(fail_on_the_second_rank, 2)

@@ -176,5 +176,5 @@ def test_the_shipped_teacher_solves_held_out_tasks(tasks, tokenizer, make_teache
 
     model = AutoModelForCausalLM.from_pretrained(TEACHER).eval()
     rows = tasks.draw_distinct("heldout", 32, seed=0)
-    assert make_teacher.accuracy(model, tokenizer, rows) >= 0.9
-    assert make_teacher.accuracy(make_teacher.build_model(tokenizer).eval(), tokenizer, rows[:4]) < 0.5
+    responses = make_teacher.respond(model, tokenizer, rows)
+    assert sum(score_response(row, text) == 1.0 for row, text in zip(rows, responses, strict=True)) >= 30
