@@ -19,7 +19,6 @@ from megatron_opdlm.checkpointing.distributed import (
     METADATA,
     PARTIAL,
     check_complete,
-    is_checkpoint,
     newest_checkpoint,
     read_tensor,
     save_checkpoint,
@@ -78,7 +77,7 @@ def megatron_to_hf(checkpoint: Path, output: Path, *, dtype: str | None) -> None
         ValueError: the output exists, or the checkpoint is missing, incomplete or damaged.
     """
     _check_absent(output)
-    folder = checkpoint if is_checkpoint(checkpoint) else newest_checkpoint(checkpoint) or checkpoint
+    folder = newest_checkpoint(checkpoint) or checkpoint
     check_complete(folder)
     partial = output.with_name(output.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)

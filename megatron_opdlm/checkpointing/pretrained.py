@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_opdlm.checkpointing.distributed import ASSETS, METADATA, is_checkpoint, load_checkpoint
+from megatron_opdlm.checkpointing.distributed import ASSETS, METADATA, is_checkpoint, load_checkpoint, newest_checkpoint
 from megatron_opdlm.checkpointing.hf_qwen3 import load_hf_weights
 from megatron_opdlm.models.build import Qwen3Model
 from megatron_opdlm.models.qwen3 import Qwen3Architecture, read_architecture
@@ -44,9 +44,13 @@ class Pretrained:
 
 
 def open_pretrained(folder: str, setting: str) -> Pretrained:
-    """Looks at the folder without reading weights. ValueError names the setting and what is wrong with the folder."""
+    """Looks at the folder without reading weights; of a run's `checkpoints/` it takes the newest.
+
+    ValueError names the setting and what is wrong with the folder.
+    """
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"{setting} ({folder}) is not a folder")
+    path = newest_checkpoint(path) or path
     is_megatron = is_checkpoint(path)
     return Pretrained(path, is_megatron, read_architecture(path / ASSETS if is_megatron else path))

@@ -10,6 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
+
+LIBRARY_WARNINGS = (
+    r"The \.grad attribute of a Tensor that is not a leaf",  # Megatron's optimizer, once per rank
+    r"`torch\.distributed\.\w+` is deprecated",  # Megatron's calls of torch
+)
+"""Warnings of libraries about their own calls, which nobody at the terminal can act on."""
 
 
 def set_up_logging() -> None:
@@ -22,3 +29,5 @@ def set_up_logging() -> None:
     prefix = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(levelname)s %(message)s", datefmt="%H:%M:%S"))
     logger.handlers = [handler]
+    for message in LIBRARY_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)

@@ -33,10 +33,12 @@ def line_plot(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
 
 
 def stacked_plot(name: str, steps: Sequence[int], layers: Mapping[str, Sequence[float]]) -> str:
-    """The layers on top of each other, the first at the bottom, with a legend."""
+    """The layers on top of each other, the first at the bottom, with a legend; each value holds for a whole step."""
+    ends = [*steps, steps[-1] + 1]
+    heights = [[*values, values[-1]] for values in layers.values()]
 
     def draw(axes: Any) -> None:
-        axes.stackplot(steps, *layers.values(), labels=list(layers), colors=CURVE_COLORS, step="mid", alpha=0.85)
+        axes.stackplot(ends, *heights, labels=list(layers), colors=CURVE_COLORS, step="post", alpha=0.85)
         axes.set_ylim(bottom=0)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(layers), frameon=False, handlelength=1)
 
@@ -76,7 +78,9 @@ def _style() -> dict[str, Any]:
 def _embedded(document: str, name: str) -> str:
     """The `<svg>` element alone: no fixed size, and no ids but those it refers to, since a page holds several."""
     svg = document[document.index("<svg") :].replace(FOREGROUND, "currentColor")
-    svg = re.sub(r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg role="img" aria-label="{escape(name)}" viewBox="\1">', svg)
+    svg = re.sub(
+        r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg role="img" aria-label="{escape(name)}" viewBox="\1">', svg
+    )
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL).replace("xlink:href", "href")
     referenced = set(re.findall(r"#([\w.-]+)", svg))
     return re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in referenced else "", svg)

@@ -7,6 +7,7 @@ It reads `metrics.jsonl` and `config.yaml` of the run directory, as far as they 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from html import escape
@@ -119,17 +120,19 @@ def _phase_figure(records: list[dict]) -> list[str]:
 
 
 def _figure(picture: str, title: str, explanation: str) -> str:
-    return f"<figure>\n{picture}<figcaption><b>{escape(title)}</b> <span>{escape(explanation)}</span></figcaption>\n</figure>\n"
+    caption = f"<b>{escape(title)}</b> <span>{escape(explanation)}</span>"
+    return f"<figure>\n{picture}<figcaption>{caption}</figcaption>\n</figure>\n"
 
 
 def _settings(sections: Mapping[str, Mapping[str, object]]) -> str:
     values = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
-    changed = {name: value for name, value in values.items() if name in SETTINGS and value != SETTINGS[name].default}
     if not values:
         return ""
+    written = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    changed = {name: written[name] for name in SETTINGS if name in values and values[name] != SETTINGS[name].default}
     return (
         f"<h2>Settings that differ from the defaults</h2>\n{_table(changed)}"
-        f"<details><summary>All settings</summary>\n{_table(values)}</details>\n"
+        f"<details><summary>All settings</summary>\n{_table(written)}</details>\n"
     )
 
 

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The quickstart: from the shipped teacher to a block-diffusion student, evaluated and exported, in runs/quickstart.
+#
+#   bash examples/quickstart/run.sh                                              # two CPU processes, or all GPUs
+#   bash examples/quickstart/run.sh --parallel.tensor_model_parallel_size 2      # any setting of the recipe
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source requirements/make_environment.sh
+
+quickstart=examples/quickstart
+run=${RUN_DIRECTORY:-runs/quickstart}
+rm -rf "$run"
+mkdir -p "$run"
+started=$SECONDS
+export OMP_NUM_THREADS=1 # one core per process
+processes=$(python -c "import torch; print(torch.cuda.device_count() or 2)")
+launch() { torchrun --standalone --nproc-per-node "$processes" -m "$@"; }
+say() { printf '\n== %s\n' "$*"; }
+
+say "Tasks: prompts to learn from, and held-out ones to be judged by"
+python $quickstart/tasks.py --output "$run/tasks" --num-train 20000 --num-heldout 256 --seed 0
+
+say "Hugging Face -> Megatron: the teacher, and the student that starts from it"
+python tools/convert_hf_to_megatron.py --hf $quickstart/teacher --output "$run/teacher" --role teacher
+python tools/convert_hf_to_megatron.py --hf $quickstart/teacher --output "$run/untrained" --role student
+
+evaluate() { # evaluate NAME CHECKPOINT [setting ...]
+    launch megatron_opdlm.evaluate --config $quickstart/recipe.yaml --student.checkpoint "$2" \
+        --evaluation.files "$run/tasks/heldout.jsonl" --evaluation.output "$run/$1.json" --rollout.temperature 0 "${@:3}"
+}
+say "The student before training"
+evaluate untrained "$run/untrained" --rollout.remasking_strategy low_confidence_static
+
+say "On-policy distillation"
+launch megatron_opdlm.train --config $quickstart/recipe.yaml --student.checkpoint "$run/untrained" \
+    --teacher.checkpoint "$run/teacher" --data.train_files "$run/tasks/train.jsonl" --logging.directory "$run" "$@"
+
+say "The student after training: one token per step, and as many as it is sure of"
+evaluate student_static "$run/checkpoints" --rollout.remasking_strategy low_confidence_static
+evaluate student_dynamic "$run/checkpoints" --rollout.remasking_strategy low_confidence_dynamic
+
+say "Megatron -> Hugging Face, and a look at the folder with plain transformers"
+python tools/convert_megatron_to_hf.py --checkpoint "$run/checkpoints" --output "$run/student_hf"
+python $quickstart/summarize.py --run "$run" --teacher $quickstart/teacher --seconds $((SECONDS - started))

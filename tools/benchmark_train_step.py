@@ -1,0 +1,344 @@
+"""Time and memory of one row's training step, against the same step written plainly.
+
+    python tools/benchmark_train_step.py --threads 2
+
+prints one JSON line per variant and one with their ratio:
+
+    {"variant": "ours", "seconds": 5.9, ..., "step_mib": 1204.1, "peak_mib": 2011.5, "loss": ..., "grad_norm": ...}
+    {"variant": "naive", ...}
+    {"ratio": "naive to ours", "speedup": ..., "speedup_of_fastest": ..., "step_memory_share": ..., ...}
+
+A step is the teacher's forward, the student's forward, the loss, and the backward; no optimizer. The row is a random
+prompt and response, and its state is drawn by `select_states` from a step map of one token per denoising step, so that
+about five eighths of the response is masked: the *fewest* trained positions come from such a rollout with K = S = 4.
+
+- `ours` is what a training run does: Megatron models, `teacher_hidden_states`, the `aten` attention,
+  `distillation_loss`, with the package's default settings.
+- `naive` has the quantities of a straightforward implementation: the teacher reads the clean and a second, noisy-placed
+  stream (2T tokens) under a dense mask and so does the student; both make the logits of all T noisy positions, both
+  take a log-softmax of all of them, autograd makes the backward. It is not slowed down on purpose: `transformers`' Qwen3
+  with PyTorch's fused `sdpa` attention and no cache, output layers on the noisy half alone, the mask token left out by
+  its place as the last row, PyTorch's `kl_div` on log-probabilities, logits freed once their log-softmax is there,
+  the teacher under `no_grad`.
+
+Both have the same weights and the same state, and report the same loss and gradient norm: float32 on the CPU, tied
+embeddings, tokens that are drawn at random. Every variant runs in processes of its own, taking turns. A process takes
+one warm-up step and then `--repeats` timed ones. `step_mib` is the peak of its resident memory during the steps minus
+what it held before them (weights, libraries), `peak_mib` is the peak itself.
+
+Legend: `B` sequences (one here), `T` tokens of the terminal sequence, `V` vocabulary, `H` hidden size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from transformers import Qwen3ForCausalLM
+
+    from megatron_opdlm.diffusion.states import OnPolicyStates
+    from megatron_opdlm.models.build import Qwen3Model
+
+BLOCK_SIZE = 4
+VARIANTS = ("ours", "naive")
+STUDENT_SEED, TEACHER_SEED, ROW_SEED = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The row and the model. Four query heads share two key-value heads; tied embeddings; the same for both models."""
+
+    prompt_length: int = 256
+    response_length: int = 768
+    vocab_size: int = 151936
+    """With the mask token, which is the last one."""
+    hidden_size: int = 256
+    num_layers: int = 4
+
+
+class Variant(NamedTuple):
+    """A way to compute the step."""
+
+    student: torch.nn.Module
+    loss: Callable[[OnPolicyStates], torch.Tensor]
+    """The teacher's and the student's forward; the backward is the caller's."""
+
+
+def main() -> None:
+    """Measures one variant in this process (`--once`) or both in processes of their own."""
+    parser = _build_parser()
+    arguments = parser.parse_args()
+    sizes = Sizes(**{field.name: getattr(arguments, field.name) for field in fields(Sizes)})
+    for rule, holds in _rules(sizes, arguments.repeats, arguments.rounds, arguments.threads).items():
+        if not holds:
+            parser.error(rule)
+    if arguments.once:
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+        print(json.dumps(measure(arguments.variant, sizes, arguments.repeats)))
+        return
+    variants = VARIANTS if arguments.variant is None else (arguments.variant,)
+    rounds = [[_measure_in_process(variant) for variant in variants] for _ in range(arguments.rounds)]
+    summaries = [summarise(list(runs)) for runs in zip(*rounds, strict=True)]
+    for line in summaries if arguments.variant else [*summaries, compare(*summaries)]:
+        print(json.dumps(line), flush=True)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Sizes):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps of a process, after one warm-up step")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each variant; the variants take turns")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads; default: all")
+    parser.add_argument("--variant", choices=VARIANTS, help="only this one; default: both and their ratio")
+    parser.add_argument("--once", action="store_true", help="measure --variant in this process")
+    return parser
+
+
+def _rules(sizes: Sizes, repeats: int, rounds: int, threads: int) -> dict[str, bool]:
+    num_tokens = sizes.prompt_length + sizes.response_length
+    return {
+        "all sizes and counts must be at least 1": min(*asdict(sizes).values(), repeats, rounds, threads) >= 1,
+        f"prompt and response together ({num_tokens}) must be whole blocks of {BLOCK_SIZE}": not num_tokens
+        % BLOCK_SIZE,
+        f"--hidden-size ({sizes.hidden_size}) must be a multiple of 8": sizes.hidden_size % 8 == 0,
+    }
+
+
+def _measure_in_process(variant: str) -> dict:
+    """`measure` in a fresh process with this one's flags; this one stays small, since a child inherits its peak."""
+    # A later flag wins, so --variant may be among the ones that are passed on.
+    command = [sys.executable, "-m", "tools.benchmark_train_step", *sys.argv[1:], "--variant", variant, "--once"]
+    finished = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def measure(variant: str, sizes: Sizes, repeats: int) -> dict:
+    """Seconds of each timed step, memory in MiB, and what the last step computed."""
+    import psutil
+
+    states = one_row(sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        student, compute_loss = build_ours(sizes, Path(folder)) if variant == "ours" else build_naive(sizes)
+    before, seconds = psutil.Process().memory_info().rss / 2**20, []
+    for _ in range(1 + repeats):
+        student.zero_grad(set_to_none=True)
+        start = time.perf_counter()
+        loss = compute_loss(states)
+        loss.backward()
+        seconds.append(time.perf_counter() - start)
+    peak = _peak_mib()
+    return {
+        "variant": variant,
+        "seconds": seconds[1:],
+        "step_mib": peak - before,
+        "peak_mib": peak,
+        "loss": loss.item(),
+        "grad_norm": gradient_norm(student),
+        "trained_positions": int(states.num_trained_B.sum()),
+    }
+
+
+def _peak_mib() -> float:
+    """Largest resident memory of this process so far; Linux counts in KiB."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def gradient_norm(model: torch.nn.Module) -> float:
+    """Over all parameters; both variants hold the same numbers, in tensors of other shapes."""
+    return sum(float(x.grad.double().square().sum()) for x in model.parameters() if x.grad is not None) ** 0.5
+
+
+def summarise(runs: list[dict]) -> dict:
+    """One variant's processes as one: the median and the minimum of all steps, the largest memory."""
+    seconds = [value for run in runs for value in run["seconds"]]
+    memory = {name: round(max(run[name] for run in runs), 1) for name in ("step_mib", "peak_mib")}
+    times = {"seconds": round(statistics.median(seconds), 3), "fastest_seconds": round(min(seconds), 3)}
+    return runs[0] | times | memory
+
+
+def compare(ours: dict, naive: dict) -> dict:
+    """How many times faster ours is, and its share of the naive variant's memory."""
+    return {
+        "ratio": "naive to ours",
+        "speedup": round(naive["seconds"] / ours["seconds"], 2),
+        "speedup_of_fastest": round(naive["fastest_seconds"] / ours["fastest_seconds"], 2),
+        "step_memory_share": round(ours["step_mib"] / naive["step_mib"], 3),
+        "peak_memory_share": round(ours["peak_mib"] / naive["peak_mib"], 3),
+    }
+
+
+# --- what both variants compute ---------------------------------------------------------------------------------------
+
+
+def one_row(sizes: Sizes) -> OnPolicyStates:
+    """The state of a random row whose rollout committed the tokens of each block one by one, in random order."""
+    import torch
+
+    from megatron_opdlm.diffusion.states import select_states
+    from megatron_opdlm.diffusion.trajectory import Trajectory
+
+    generator = torch.Generator().manual_seed(ROW_SEED)
+    num_tokens, mask_token_id = sizes.prompt_length + sizes.response_length, sizes.vocab_size - 1
+    order_MK = torch.rand(num_tokens // BLOCK_SIZE, BLOCK_SIZE, generator=generator).argsort(dim=1)
+    trajectory = Trajectory(
+        prompt_id=0,
+        sample_index=0,
+        prompt_length=sizes.prompt_length,
+        block_size=BLOCK_SIZE,
+        terminal_ids_T=torch.randint(mask_token_id, (num_tokens,), generator=generator),
+        step_map_R=1 + order_MK.flatten()[sizes.prompt_length :],
+        log_probs_R=torch.zeros(sizes.response_length),
+        response_length=sizes.response_length,
+        stop_reason="length",
+        domain="",
+    )
+    return select_states(
+        [trajectory],
+        block_size=BLOCK_SIZE,
+        mask_token_id=mask_token_id,
+        end_token_ids=(),
+        pad_token_id=0,
+        seed=ROW_SEED,
+        step=0,
+    )
+
+
+def random_qwen3(sizes: Sizes, seed: int) -> Qwen3ForCausalLM:
+    """Hugging Face's model with weights drawn from `seed`, of a scale that gives logits of about unit variance."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        **{"vocab_size": sizes.vocab_size, "hidden_size": sizes.hidden_size, "num_hidden_layers": sizes.num_layers},
+        intermediate_size=3 * sizes.hidden_size,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=sizes.hidden_size // 4,
+        max_position_embeddings=sizes.prompt_length + sizes.response_length,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        initializer_range=sizes.hidden_size**-0.5,
+        attn_implementation="sdpa",
+    )
+    return Qwen3ForCausalLM(config)
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+def build_ours(sizes: Sizes, folder: Path) -> Variant:
+    """The package's models and loss. The weights go through Hugging Face folders, as in a run."""
+    import torch
+
+    from megatron_opdlm.config.schema import DivergenceConfig, ParallelConfig
+    from megatron_opdlm.distillation.loss import distillation_loss
+    from megatron_opdlm.distillation.teacher import teacher_hidden_states
+    from megatron_opdlm.distillation.vocabulary_parallel import VocabularyShard
+    from megatron_opdlm.models.attention.backend import build_backend
+    from megatron_opdlm.models.attention.core_attention import BlockDiffusionCoreAttention, CausalCoreAttention
+    from megatron_opdlm.parallel.initialize import initialize
+
+    groups = initialize(ParallelConfig(), seed=0)
+    attention = partial(BlockDiffusionCoreAttention, backend=build_backend("aten", "cpu"), block_size=BLOCK_SIZE)
+    student = _megatron_model(random_qwen3(sizes, STUDENT_SEED), attention, folder / "student", groups)
+    teacher = _megatron_model(random_qwen3(sizes, TEACHER_SEED), CausalCoreAttention, folder / "teacher", groups)
+    teacher.eval().requires_grad_(False)
+    vocabulary = {"vocab_size": sizes.vocab_size, "mask_token_id": sizes.vocab_size - 1}
+    shard = VocabularyShard(first=0, num_rows=len(student.output_weight), group=groups.tp, **vocabulary)
+    positions_T = torch.arange(sizes.prompt_length + sizes.response_length)
+
+    def loss(states: OnPolicyStates) -> torch.Tensor:
+        (targets_NH,) = teacher_hidden_states(teacher, [states])
+        hidden_TBH = student(torch.cat([states.clean_ids_BT, states.noisy_ids_BT]), positions_T, states.lengths_B)
+        return distillation_loss(student, teacher, hidden_TBH, targets_NH, states, shard, DivergenceConfig())[0]
+
+    return Variant(student, loss)
+
+
+def _megatron_model(
+    model: Qwen3ForCausalLM, core_attention: Callable, folder: Path, groups: ProcessGroupCollection
+) -> Qwen3Model:
+    """The same model on Megatron."""
+    from megatron_opdlm.checkpointing.hf_qwen3 import load_hf_weights
+    from megatron_opdlm.config.schema import ParallelConfig
+    from megatron_opdlm.models.build import build_model
+    from megatron_opdlm.models.qwen3 import read_architecture
+
+    model.save_pretrained(folder)
+    architecture, parallel = read_architecture(folder), ParallelConfig()
+    num_rows = architecture.padded_vocab_size(parallel.make_vocab_size_divisible_by, 1)
+    settings = {"parallel": parallel, "dtype": "float32", "padded_vocab_size": num_rows, "overrides": {}}
+    built = build_model(architecture, core_attention, **settings)
+    load_hf_weights(built, folder, architecture, groups.tp)
+    return built
+
+
+# --- naive ------------------------------------------------------------------------------------------------------------
+
+
+def build_naive(sizes: Sizes) -> Variant:
+    """Both models over 2T tokens, all logits of the noisy half, autograd."""
+    import torch
+    import torch.nn.functional as F
+
+    student, teacher = random_qwen3(sizes, STUDENT_SEED), random_qwen3(sizes, TEACHER_SEED).eval()
+    num_tokens = sizes.prompt_length + sizes.response_length
+    student_mask, teacher_mask = two_stream_mask(num_tokens, False), two_stream_mask(num_tokens, True)
+
+    def log_probs_TV(model: Qwen3ForCausalLM, streams: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(num_tokens).repeat(2)[None]
+        ids = torch.cat(streams, dim=1)
+        hidden = model.model(ids, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+        # The mask token is the last row: no distribution gives it any probability.
+        return F.linear(hidden[0, num_tokens:], model.lm_head.weight[:-1]).log_softmax(dim=-1)
+
+    def loss(states: OnPolicyStates) -> torch.Tensor:
+        clean_BT, is_trained_T = states.clean_ids_BT, states.is_trained_BT[0]
+        with torch.no_grad():
+            targets_TV = log_probs_TV(teacher, [clean_BT, clean_BT], teacher_mask)
+        student_TV = log_probs_TV(student, [clean_BT, states.noisy_ids_BT], student_mask)
+        # Output i - 1 of the teacher predicts position i.
+        divergence_T = F.kl_div(student_TV[1:], targets_TV[:-1], reduction="none", log_target=True).sum(dim=-1)
+        return divergence_T[is_trained_T[1:]].mean()
+
+    return Variant(student, loss)
+
+
+def two_stream_mask(num_tokens: int, is_causal: bool) -> torch.Tensor:
+    """bool [1, 1, 2T, 2T]: earlier clean blocks, and one's own block in one's own stream, all of it or causally.
+
+    Causally it is what makes the second stream of a teacher see, at every position, what a causal model sees.
+    """
+    import torch
+
+    position, is_noisy = torch.arange(num_tokens).repeat(2), torch.arange(2 * num_tokens) >= num_tokens
+    block = position // BLOCK_SIZE
+    is_earlier_clean_block = (block < block[:, None]) & ~is_noisy
+    is_own_block = (block == block[:, None]) & (is_noisy == is_noisy[:, None])
+    if is_causal:
+        is_own_block &= position <= position[:, None]
+    return (is_earlier_clean_block | is_own_block)[None, None]
+
+
+if __name__ == "__main__":
+    main()
