@@ -1,6 +1,6 @@
 """Train a block-diffusion student from an autoregressive teacher.
 
-    torchrun --nproc-per-node 8 -m megatron_opdlm.train --config recipe.yaml --training.max_steps 3
+torchrun --nproc-per-node 8 -m megatron_opdlm.train --config recipe.yaml --training.max_steps 3
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source requirements/make_environment.sh
 
-"$PYTHON" -m ruff check .
-"$PYTHON" -m ruff format --check .
+python -m ruff check .
+python -m ruff format --check .
 # Tests start several processes; one thread in each keeps them from crowding each other out.
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest --durations=15 "$@"
+OMP_NUM_THREADS=1 python -m pytest --durations=15 "$@"

@@ -194,11 +194,11 @@ def describe(model: Qwen3ForCausalLM, arguments: argparse.Namespace, is_correct:
     share, share_of_first = sum(is_correct) / len(is_correct), sum(first) / len(first)
     return f"""# The quickstart's teacher
 
-A Qwen3 trained from scratch to solve `chain_sum` tasks of reasoning-gym: two or three numbers of one or two digits,
+A Qwen3 trained from scratch to solve `chain_sum` tasks of reasoning-gym: two to four one-digit numbers,
 added and subtracted, one running sum a line.
 
-    23 + 45 - 7 =    ->    23+45=68
-                           68-7=61
+    8 + 7 - 9 =    ->    8+7=15
+                        15-9=6
 
 - Accuracy: {share:.4f} on {len(is_correct):,} held-out tasks, {share_of_first:.4f} on the first {len(first)}, which
   the quickstart scores (greedy; checked by the library's verifier). No expression among them is a training task of the

@@ -46,8 +46,8 @@ def main() -> None:
 
 def read_scores(path: Path) -> dict:
     """The scores of the only task file in an evaluation's output."""
-    (scores,) = json.loads(path.read_text()).values()
-    return scores
+    (result,) = json.loads(path.read_text()).values()
+    return result["scores"]
 
 
 def teacher_accuracy(folder: Path, task_file: Path, batch_size: int = 64) -> float:

@@ -1,15 +1,15 @@
 """Tasks with checkable answers, and disjoint sets of them for the teacher, the distillation and the evaluation.
 
-A task is a `chain_sum` of reasoning-gym: two or three numbers of one or two digits, added and subtracted. Which of the
-three sets a task belongs to follows from a hash of its expression, so no expression is in two of them, whatever the
-seeds. The distillation reads only `question`; `response` is what the teacher was taught to write, one running sum a
-line, and the number after the last `=` is the answer.
+A task is a `chain_sum` of reasoning-gym: two to four one-digit numbers, added and subtracted. Which of the three sets a
+task belongs to follows from a hash of its expression, so no expression is in two of them, whatever the seeds. The
+distillation reads only `question`; `response` is what the teacher was taught to write, one running sum a line, and the
+number after the last `=` is the answer.
 
 Example: python examples/quickstart/tasks.py --output /tmp/tasks --num-train 2048 --num-heldout 256 --seed 0
 
     writes `train.jsonl` and `heldout.jsonl`, with rows such as
-    {"question": "State the final answer to the following arithmetic problem: 23 + 45 - 7 =", "ground_truth_answer":
-     "61", "domain": "math", "source": "reasoning_gym/chain_sum", "entry": {...}, "response": "23+45=68\\n68-7=61"}
+    {"question": "State the final answer to the following arithmetic problem: 8 + 7 - 9 =", "ground_truth_answer":
+     "6", "domain": "math", "source": "reasoning_gym/chain_sum", "entry": {...}, "response": "8+7=15\\n15-9=6"}
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def iterate_tasks(task_set: str, seed: int) -> Iterator[dict[str, Any]]:
     generated = create_dataset(
         "chain_sum",
         min_terms=2,
-        max_terms=3,
+        max_terms=4,
         min_digits=1,
-        max_digits=2,
+        max_digits=1,
         seed=seed * SEED_STRIDE,
         size=SEED_STRIDE,
     )

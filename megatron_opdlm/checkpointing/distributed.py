@@ -84,7 +84,9 @@ def check_complete(folder: Path) -> None:
         if not path.is_file():
             raise ValueError(f"checkpoint {folder} is incomplete: {name} is missing")
         if path.stat().st_size != size:
-            raise ValueError(f"checkpoint {folder} is damaged: {name} has {path.stat().st_size} bytes instead of {size}")
+            raise ValueError(
+                f"checkpoint {folder} is damaged: {name} has {path.stat().st_size} bytes instead of {size}"
+            )
 
 
 def step_folder(directory: Path, step: int) -> Path:

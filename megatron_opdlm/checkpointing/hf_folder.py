@@ -80,10 +80,12 @@ class SafetensorsReader:
         if not (self.folder / SINGLE_FILE).is_file():
             raise ValueError(f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
         self._open = {}
-        return dict.fromkeys(self._file(SINGLE_FILE).keys(), SINGLE_FILE)  # noqa: SIM118  safe_open has no iterator
+        return dict.fromkeys(self._file(SINGLE_FILE).keys(), SINGLE_FILE)
 
 
-def write_safetensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = 5 << 30) -> None:
+def write_safetensors(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = 5 << 30
+) -> None:
     """Writes the tensors in order, a shard as soon as it is full, so that at most one shard is in memory."""
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}

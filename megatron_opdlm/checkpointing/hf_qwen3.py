@@ -47,7 +47,9 @@ class Whole:
         width = architecture.head_dim if self.hf.endswith(("q_norm.weight", "k_norm.weight")) else None
         return {self.hf: (width or architecture.hidden_size,)}
 
-    def read(self, weights: SafetensorsReader, prefix: str, architecture: Qwen3Architecture, shard: Shard) -> torch.Tensor:
+    def read(
+        self, weights: SafetensorsReader, prefix: str, architecture: Qwen3Architecture, shard: Shard
+    ) -> torch.Tensor:
         return weights.read(prefix + self.hf)
 
     def to_hf(self, tensor: torch.Tensor, architecture: Qwen3Architecture) -> dict[str, torch.Tensor]:
@@ -67,7 +69,9 @@ class Columns:
         }
         return {self.hf: (architecture.hidden_size, inputs[self.hf])}
 
-    def read(self, weights: SafetensorsReader, prefix: str, architecture: Qwen3Architecture, shard: Shard) -> torch.Tensor:
+    def read(
+        self, weights: SafetensorsReader, prefix: str, architecture: Qwen3Architecture, shard: Shard
+    ) -> torch.Tensor:
         _, inputs = self.shapes(architecture)[self.hf]
         return weights.read(prefix + self.hf, columns=shard.of(inputs))
 
@@ -90,7 +94,9 @@ class QueryKeyValue:
         sizes = [(num * architecture.head_dim, architecture.hidden_size) for num in heads]
         return dict(zip(self.names, sizes, strict=True))
 
-    def read(self, weights: SafetensorsReader, prefix: str, architecture: Qwen3Architecture, shard: Shard) -> torch.Tensor:
+    def read(
+        self, weights: SafetensorsReader, prefix: str, architecture: Qwen3Architecture, shard: Shard
+    ) -> torch.Tensor:
         groups = architecture.num_key_value_heads // shard.size
         parts = []
         for name, (rows, hidden) in self.shapes(architecture).items():
@@ -113,7 +119,9 @@ class GateUp:
     def shapes(self, architecture: Qwen3Architecture) -> Shapes:
         return dict.fromkeys(self.names, (architecture.intermediate_size, architecture.hidden_size))
 
-    def read(self, weights: SafetensorsReader, prefix: str, architecture: Qwen3Architecture, shard: Shard) -> torch.Tensor:
+    def read(
+        self, weights: SafetensorsReader, prefix: str, architecture: Qwen3Architecture, shard: Shard
+    ) -> torch.Tensor:
         rows = shard.of(architecture.intermediate_size)
         return torch.cat([weights.read(prefix + name, rows) for name in self.names])
 
@@ -140,9 +148,7 @@ EMBEDDING = ("embedding.word_embeddings.weight", "model.embed_tokens.weight")
 OUTPUT = ("output_layer.weight", "lm_head.weight")
 
 
-def load_hf_weights(
-    model: Qwen3Model, folder: Path, architecture: Qwen3Architecture, group: dist.ProcessGroup
-) -> None:
+def load_hf_weights(model: Qwen3Model, folder: Path, architecture: Qwen3Architecture, group: dist.ProcessGroup) -> None:
     """Copies this rank's shard of every tensor, one tensor at a time.
 
     `architecture` may have more vocabulary rows than the folder (a mask token without a row): they start as the mean

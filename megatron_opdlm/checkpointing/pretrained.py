@@ -1,8 +1,8 @@
 """A model on disk, be it a Hugging Face folder or a Megatron checkpoint: its shape, its tokenizer, its weights.
 
-    source = open_pretrained("Qwen3-0.6B", setting="teacher.hf")
-    source.architecture, source.assets                      # the folder with config.json and the tokenizer
-    source.load_into(model, groups.tp)
+source = open_pretrained("Qwen3-0.6B", setting="teacher.hf")
+source.architecture, source.assets                      # the folder with config.json and the tokenizer
+source.load_into(model, groups.tp)
 """
 
 from __future__ import annotations

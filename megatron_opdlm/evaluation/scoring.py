@@ -1,7 +1,7 @@
 """Decoding tasks with known answers and scoring the responses.
 
-    scores, responses = evaluate_student(engine, tasks, tokenizer, max_new_tokens=64, group=groups.dp)
-    scores["accuracy"], scores["tokens_per_step"]
+scores, responses = evaluate_student(engine, tasks, tokenizer, max_new_tokens=64, group=groups.dp)
+scores["accuracy"], scores["tokens_per_step"]
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Student and teacher as one Megatron GPTModel class, which stops at the hidden states.
 
-    teacher = build_model(architecture, CausalCoreAttention, parallel=..., dtype=..., padded_vocab_size=..., overrides={})
+    teacher = build_model(architecture, CausalCoreAttention, parallel=..., dtype=..., ...)
     hidden = teacher(ids, position_ids, None)                  # [S, B, H], sharded along S under sequence parallelism
     logits = teacher.vocab_parallel_logits(hidden_NH)          # [N, V / tensor-parallel size]
 
-Logits exist only where somebody needs them (trained positions, masked positions), so the model's forward leaves them out.
+Logits exist only where somebody needs them (trained or masked positions), so the model's forward leaves them out.
 """
 
 from __future__ import annotations

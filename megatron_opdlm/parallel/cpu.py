@@ -102,7 +102,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _patch_tensors() -> None:
-    """Factories asked for device="cuda", `.cuda()`, and `.type()`, which Megatron's optimizers compare with a string."""
+    """Factories asked for device="cuda", `.cuda()`, and `.type()`, which Megatron's optimizers compare to a string."""
     # `with torch.device("meta")` knows the factories by identity and caches that set at first use: it must hold the
     # original functions, which the wrappers call, or the context would not reach them.
     _device_constructors()
@@ -127,7 +127,6 @@ def _patch_megatron() -> None:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron-Core warns of each optional GPU package it does not find
-        import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer as optimizer
         import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
         import megatron.core.tensor_parallel.random as random

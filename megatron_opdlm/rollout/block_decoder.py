@@ -105,7 +105,9 @@ class BlockDecoder:
             num_rows = max(1, min(len(rows), PREFILL_TOKENS // lengths[rows[-1]]))
             rows, group = rows[:-num_rows], sorted(rows[-num_rows:])
             positions = torch.arange(max(lengths[row] for row in group), device=self.ids_BL.device)
-            self._forward(cache, torch.tensor(group, device=positions.device), positions < self.block_start_B[group, None])
+            self._forward(
+                cache, torch.tensor(group, device=positions.device), positions < self.block_start_B[group, None]
+            )
 
     def _forward(self, cache: KeyValueCache, rows_A: torch.Tensor, is_read: torch.Tensor, start_A=0) -> torch.Tensor:
         """Hidden states `[T, H]` of the positions `start + column` of each row where `is_read [A, columns]`."""
@@ -166,10 +168,12 @@ class BlockDecoder:
         self._draw_uniforms(next_rows)
 
     def _draw_uniforms(self, rows: torch.Tensor) -> None:
-        """The uniform numbers of a whole block, whichever of them its steps will use: see `DecodingRequest.generator`."""
+        """The uniform numbers of a whole block, whichever of them its steps use: see `DecodingRequest.generator`."""
         shape = self.uniforms_BSK.shape[1:]
         if len(rows):
-            drawn = [torch.rand(shape, dtype=torch.float64, generator=self.requests[r].generator) for r in rows.tolist()]
+            drawn = [
+                torch.rand(shape, dtype=torch.float64, generator=self.requests[r].generator) for r in rows.tolist()
+            ]
             self.uniforms_BSK[rows] = torch.stack(drawn).to(rows.device)
 
     def _trajectory(self, row: int) -> Trajectory:

@@ -1,7 +1,7 @@
 """From prompts to trajectories: this rank's share, in batches of similar length.
 
-    engine = RolloutEngine(model, config.rollout, special, seed=config.training.seed)
-    trajectories = engine.generate([RolloutTask(prompt, max_new_tokens=256)], step=3)
+engine = RolloutEngine(model, config.rollout, special, seed=config.training.seed)
+trajectories = engine.generate([RolloutTask(prompt, max_new_tokens=256)], step=3)
 """
 
 from __future__ import annotations

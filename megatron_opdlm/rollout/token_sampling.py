@@ -20,7 +20,7 @@ class Draws:
     ids_N: torch.Tensor
     """int64."""
     log_probs_N: torch.Tensor
-    """float32: log of the raw softmax (temperature 1, unfiltered) at the drawn token; its exponential is the confidence."""
+    """float32: log of the raw softmax (temperature 1, unfiltered) at the token; its exponential is the confidence."""
 
 
 def draw_tokens(logits_NV: torch.Tensor, uniforms_N: torch.Tensor, rollout: RolloutConfig) -> Draws:

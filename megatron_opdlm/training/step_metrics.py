@@ -1,7 +1,7 @@
 """What a training step tells: quality of the rollout, loss, costs; and totals over the run.
 
-    metrics = StepMetrics(student_architecture, teacher_architecture, groups.dp)
-    metrics.of_step(trajectories, step_sums, timers.seconds(), lr=1e-5, length_limit=256)     # {"train/loss": ...}
+metrics = StepMetrics(student_architecture, teacher_architecture, groups.dp)
+metrics.of_step(trajectories, step_sums, timers.seconds(), lr=1e-5, length_limit=256)     # {"train/loss": ...}
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opdlm.distillation.divergences import VocabularyShard
-from megatron_opdlm.distillation.vocabulary_parallel import global_top_k
+from megatron_opdlm.distillation.vocabulary_parallel import global_argmax, global_top_k
 from tests.ranks import run_on_ranks
 from tests.unit.test_divergences import (
     MASK_TOKEN_ID,
@@ -29,11 +29,13 @@ CASES = [
     *itertools.product([torch.float32], [7], TOP_KS),
 ]
 TIED_LOGITS = [2.0, 1.0, 2.0, 0.0, 1.0, 2.0, 1.0, -math.inf]
+LARGEST_ON_THE_SECOND_RANK = [0.0, 1.0, 0.0, 1.0, -1.0, 3.0, 3.0, 0.0]
 
 
-def on_rank(rank: int) -> tuple[list[dict[str, torch.Tensor]], list[list[int]], float]:
+def on_rank(rank: int) -> dict[str, Any]:
     """What each test looks at, in one start of the processes."""
-    return every_case(rank), top_k_of_tied_logits(rank), loss_of_no_positions(rank)
+    functions = (every_case, top_k_of_tied_logits, argmax_of_two_logits, loss_of_no_positions)
+    return {function.__name__: function(rank) for function in functions}
 
 
 def shard_of(rank: int, num_rows: int, **fields: Any) -> VocabularyShard:
@@ -58,6 +60,15 @@ def top_k_of_tied_logits(rank: int) -> list[list[int]]:
     return [global_top_k(logits_NV, k, shard)[0].tolist() for k in range(1, 10)]
 
 
+def argmax_of_two_logits(rank: int) -> tuple[list[float], list[float]]:
+    shard = shard_of(rank, 4, vocab_size=8, mask_token_id=8)
+    both = [
+        torch.tensor([logits])[:, shard.first : shard.first + 4] for logits in (TIED_LOGITS, LARGEST_ON_THE_SECOND_RANK)
+    ]
+    largest_LN, ids_LN = global_argmax(both, shard)
+    return largest_LN[:, 0].tolist(), ids_LN[:, 0].tolist()
+
+
 def loss_of_no_positions(rank: int) -> float:
     shard = shard_of(rank, NUM_ROWS, vocab_size=VOCAB_SIZE, mask_token_id=MASK_TOKEN_ID)
     inputs = {name: value if "weight_VH" in name else value[:0] for name, value in random_inputs().items()}
@@ -72,13 +83,13 @@ def fail_on_the_second_rank(rank: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def both_ranks() -> list[tuple]:
+def both_ranks() -> list[dict[str, Any]]:
     return run_on_ranks(on_rank, 2)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[" ".join(map(str, case)) for case in CASES])
 def test_values_and_gradients_on_two_ranks_match_the_plain_formula(both_ranks, case):
-    first, second = (results[case] for results, _, _ in both_ranks)
+    first, second = (results["every_case"][case] for results in both_ranks)
     dtype, _, top_k = CASES[case]
     whole_weight = {"weight_gradient": torch.cat([first["weight_gradient"], second["weight_gradient"]])}
     expected = plain_forward_kl(random_inputs(dtype), top_k)
@@ -88,12 +99,17 @@ def test_values_and_gradients_on_two_ranks_match_the_plain_formula(both_ranks, c
 
 def test_top_k_over_two_ranks_is_the_stable_descending_sort(both_ranks):
     expected = sorted(range(8), key=lambda i: (-TIED_LOGITS[i], i))
-    for _, id_lists, _ in both_ranks:
-        assert id_lists == [expected[:k] for k in range(1, 10)]
+    for results in both_ranks:
+        assert results["top_k_of_tied_logits"] == [expected[:k] for k in range(1, 10)]
+
+
+def test_argmax_over_two_ranks_is_the_lowest_id_of_the_largest_logit(both_ranks):
+    for results in both_ranks:
+        assert results["argmax_of_two_logits"] == ([2.0, 3.0], [0.0, 5.0])
 
 
 def test_no_positions_leave_the_ranks_in_step(both_ranks):
-    assert [loss for _, _, loss in both_ranks] == [0.0, 0.0]
+    assert [results["loss_of_no_positions"] for results in both_ranks] == [0.0, 0.0]
 
 
 def test_a_failing_rank_ends_the_others_and_shows_its_traceback():

@@ -47,7 +47,13 @@ class BlockDiffusionCoreAttention(CoreAttention):
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *, backend: AttentionBackend, block_size: int, **kwargs: object
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *,
+        backend: AttentionBackend,
+        block_size: int,
+        **kwargs: object,
     ) -> None:
         super().__init__(config, layer_number, **kwargs)
         self.backend = backend

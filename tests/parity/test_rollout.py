@@ -1,0 +1,240 @@
+"""The rollout against a decoder without cache or batch, and its draws against float64 arithmetic.
+
+The decoder of `tests/references.py` reads the whole sequence with `transformers` in float64 in every step, and gets the
+same uniform numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from megatron_opdlm.config.schema import ParallelConfig, RolloutConfig
+from megatron_opdlm.data.prompts import Prompt
+from megatron_opdlm.diffusion.randomness import sequence_generator
+from megatron_opdlm.diffusion.states import select_states
+from tests.references import decode_slowly, draw_slowly, load_reference, slow_distribution
+from tests.tiny_qwen3 import make_tiny_qwen3
+from tests.worlds import layout, load_student, tiny_config
+
+SEED, STEP, NUM_ROWS = 11, 3, 52
+STOP_TOKEN_IDS = [5, 17]
+PROMPT_LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 13)
+"""Every remainder of a block of 4 and of 8, prompts of less than a block, of whole blocks and of more."""
+CASES = {
+    "static": {"remasking_strategy": "low_confidence_static"},
+    "static, two at a time": {"remasking_strategy": "low_confidence_static", "denoising_steps_per_block": 2},
+    "static, a block at once": {"remasking_strategy": "low_confidence_static", "denoising_steps_per_block": 1},
+    "dynamic": {"dynamic_threshold": 0.1},
+    "dynamic, 3 steps for 8": {"dynamic_threshold": 0.15, "block_size": 8, "denoising_steps_per_block": 3},
+    "dynamic, threshold 0": {"dynamic_threshold": 0.0},
+    "temperature 0": {"temperature": 0.0, "dynamic_threshold": 0.2},
+    "temperature 0.5": {"temperature": 0.5, "dynamic_threshold": 0.2},
+    "top-k": {"top_k": 5, "dynamic_threshold": 0.1},
+    "top-p": {"top_p": 0.6, "dynamic_threshold": 0.1},
+    "top-k and top-p, warm": {"top_k": 8, "top_p": 0.8, "temperature": 1.3, "dynamic_threshold": 0.1},
+}
+MAX_NEW_TOKENS = 10
+
+
+def rollout_settings(**settings) -> RolloutConfig:
+    return RolloutConfig(max_new_tokens=MAX_NEW_TOKENS, stop_token_ids=STOP_TOKEN_IDS, **settings)
+
+
+def random_prompts() -> list[Prompt]:
+    generator = torch.Generator().manual_seed(5)
+    ids = [torch.randint(0, 44, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+    return [Prompt(prompt_id=100 + row, token_ids=tuple(prompt)) for row, prompt in enumerate(ids)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_qwen3(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return load_reference(folder)
+
+
+@pytest.fixture
+def student(folder, world_of_one):
+    with layout(ParallelConfig()) as groups:
+        yield load_student(tiny_config(folder, rollout=rollout_settings()), groups)
+
+
+def generate(student, settings: RolloutConfig, prompts=None, batch_size: int | None = None):
+    """The engine after decoding all prompts, and their trajectories."""
+    from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
+
+    model, special = student
+    engine = RolloutEngine(model, settings, special, SEED)
+    if batch_size:
+        engine.rollout = RolloutConfig(**(vars(settings) | {"batch_size": batch_size}))
+    tasks = [RolloutTask(prompt, settings.max_new_tokens) for prompt in prompts or random_prompts()]
+    return engine, engine.generate(tasks, STEP)
+
+
+def uniforms_of(prompt_id: int, settings: RolloutConfig):
+    generator = sequence_generator(SEED, STEP, prompt_id, 0, purpose="rollout")
+    shape = settings.denoising_steps_per_block, settings.block_size
+    while True:
+        yield torch.rand(shape, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_and_step_maps_equal_those_of_a_decoder_without_a_cache(student, reference, case):
+    settings, special = rollout_settings(**CASES[case]), student[1]
+    decode = functools.partial(decode_slowly, reference, settings=settings)
+    rules = {"mask_token_id": special.mask_token_id, "end_token_ids": special.end_token_ids}
+    for prompt, trajectory in zip(random_prompts(), generate(student, settings)[1], strict=True):
+        slow = decode(list(prompt.token_ids), uniforms_of(prompt.prompt_id, settings), **rules)
+        assert trajectory.terminal_ids_T.tolist() == slow.terminal_ids
+        assert trajectory.step_map_R.tolist() == slow.step_map
+        assert (trajectory.log_probs_R - torch.tensor(slow.log_probs)).abs().max() <= 1e-4
+        assert int(trajectory.steps_by_block_MK.amax(1).sum()) == slow.num_steps
+
+
+@pytest.mark.parametrize("case", ["static", "dynamic", "dynamic, 3 steps for 8"])
+def test_forwards_are_one_prefill_and_the_denoising_steps_of_the_slowest_row(student, case):
+    engine, trajectories = generate(student, rollout_settings(**CASES[case]))
+    assert engine.num_forwards == 1 + max(int(t.steps_by_block_MK.amax(1).sum()) for t in trajectories)
+    short = random_prompts()[:3]
+    engine, trajectories = generate(student, rollout_settings(**CASES[case]), short)
+    assert engine.num_forwards == max(int(t.steps_by_block_MK.amax(1).sum()) for t in trajectories), "nothing to prefill"
+
+
+def test_a_response_counts_up_to_its_first_end_token_or_its_limit_and_keeps_its_last_block_whole(student):
+    end_ids = set(student[1].end_token_ids)
+    reasons = set()
+    for case in ("static", "dynamic", "dynamic, 3 steps for 8"):
+        settings = rollout_settings(**CASES[case])
+        for trajectory in generate(student, settings)[1]:
+            response = trajectory.terminal_ids_T[trajectory.prompt_length :].tolist()
+            ends = [place for place, token in enumerate(response[:MAX_NEW_TOKENS]) if token in end_ids]
+            expected = ("end_token", ends[0] + 1) if ends else ("length", MAX_NEW_TOKENS)
+            assert (trajectory.stop_reason, trajectory.response_length) == expected
+            last_counted = trajectory.prompt_length + trajectory.response_length - 1
+            blocks_read = last_counted // settings.block_size + 1
+            assert len(trajectory.terminal_ids_T) == blocks_read * settings.block_size
+            reasons.add((trajectory.stop_reason, len(response) > trajectory.response_length))
+    assert reasons == {(reason, True) for reason in ("end_token", "length")} | {("end_token", False), ("length", False)}
+
+
+def test_a_prompt_is_never_overwritten_where_fewer_masks_are_left_than_a_step_commits(student):
+    """Defect 7: one mask beside seven prompt tokens, and a step that commits all eight of them."""
+    settings = rollout_settings(block_size=8, denoising_steps_per_block=1, remasking_strategy="low_confidence_static")
+    for prompt, trajectory in zip(random_prompts(), generate(student, settings)[1], strict=True):
+        assert trajectory.terminal_ids_T[: len(prompt.token_ids)].tolist() == list(prompt.token_ids)
+        assert trajectory.step_map_R.unique().tolist() == [1]
+
+
+def prefer(model, token_id: int) -> None:
+    """Makes `token_id` by far the most likely token wherever one half of all hidden states points."""
+    with torch.no_grad():
+        model.output_layer.weight[token_id] = 20 * model.output_layer.weight[:44].mean(0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_mask_token_is_never_drawn_where_it_is_the_most_likely(student, monkeypatch, temperature):
+    """Defect 6."""
+    model, special = student
+    prefer(model, special.mask_token_id)
+    prefers_mask, logits_of = [], model.vocab_parallel_logits
+    monkeypatch.setattr(
+        model,
+        "vocab_parallel_logits",
+        lambda hidden: prefers_mask.append(logits_of(hidden).argmax(-1) == special.mask_token_id) or logits_of(hidden),
+    )
+    settings = rollout_settings(temperature=temperature, dynamic_threshold=0.1)
+    for trajectory in generate(student, settings)[1]:
+        assert special.mask_token_id not in trajectory.terminal_ids_T
+        assert torch.isfinite(trajectory.log_probs_R).all()
+    assert torch.cat(prefers_mask).float().mean() > 0.2, "the test must put the mask token in the lead"
+
+
+def test_special_tokens_reach_the_trained_states_as_ids(student, folder):
+    """Defect 4: `<think>` would be lost or cut up on a way through text."""
+    from transformers import AutoTokenizer
+
+    think = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<think>")
+    model, special = student
+    prefer(model, think)
+    settings = rollout_settings(dynamic_threshold=0.1)
+    trajectories = generate(student, settings)[1]
+    written = torch.cat([trajectory.response_ids for trajectory in trajectories])
+    assert (written == think).sum() > 5
+    states = select_states(
+        trajectories,
+        block_size=4,
+        mask_token_id=special.mask_token_id,
+        end_token_ids=special.end_token_ids,
+        pad_token_id=special.pad_token_id,
+        seed=SEED,
+        step=STEP,
+    )
+    for row, trajectory in enumerate(trajectories):
+        num_tokens = len(trajectory.terminal_ids_T)
+        assert states.clean_ids_BT[row, :num_tokens].equal(trajectory.terminal_ids_T)
+
+
+@pytest.mark.parametrize("case", ["dynamic", "dynamic, 3 steps for 8", "top-p"])
+def test_a_sequence_does_not_depend_on_what_else_is_in_its_batch(student, case):
+    settings = rollout_settings(**CASES[case])
+    expected = generate(student, settings)[1]
+    for batch_size, prompts in ((1, random_prompts()), (2, random_prompts()[::-1]), (4, random_prompts()[::2])):
+        by_prompt = {t.prompt_id: t for t in generate(student, settings, prompts, batch_size)[1]}
+        assert list(by_prompt) == [prompt.prompt_id for prompt in prompts]
+        for trajectory in expected:
+            if (other := by_prompt.get(trajectory.prompt_id)) is not None:
+                assert other.terminal_ids_T.equal(trajectory.terminal_ids_T)
+                assert other.step_map_R.equal(trajectory.step_map_R)
+
+
+SAMPLING = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.7},
+    {"top_k": 1},
+    {"top_k": 6},
+    {"top_p": 0.3},
+    {"top_p": 0.9, "temperature": 2.0},
+    {"top_k": 10, "top_p": 0.5, "temperature": 1.5},
+]
+
+
+def random_logits(num: int) -> torch.Tensor:
+    logits_NV = 2 * torch.randn(num, 30, generator=torch.Generator().manual_seed(8))
+    logits_NV[:, 7] = -torch.inf
+    return logits_NV
+
+
+@pytest.mark.parametrize("settings", SAMPLING, ids=str)
+def test_a_draw_is_the_inverse_of_the_cumulative_distribution_in_float64(settings):
+    from megatron_opdlm.rollout.token_sampling import draw_tokens
+
+    rollout, logits_NV = RolloutConfig(**settings), random_logits(300)
+    uniforms_N = torch.rand(300, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    uniforms_N[:2] = torch.tensor([0.0, 1 - 2**-53])  # the ends of what `torch.rand` gives
+    draws = draw_tokens(logits_NV, uniforms_N, rollout)
+    for logits, uniform, token, log_prob in zip(logits_NV, uniforms_N, draws.ids_N, draws.log_probs_N, strict=True):
+        cumulative = torch.tensor(slow_distribution(logits, rollout), dtype=torch.float64).cumsum(0)
+        if rollout.temperature and (cumulative - uniform).abs().min() < 1e-6:
+            assert slow_distribution(logits, rollout)[token] > 0, "within rounding of a boundary, but never impossible"
+        else:
+            assert int(token) == draw_slowly(logits, float(uniform), rollout)
+        raw = logits.double().log_softmax(0)[token]
+        assert abs(float(log_prob) - float(raw)) < 1e-5, "the confidence is the raw softmax, at any temperature"
+
+
+@pytest.mark.parametrize("settings", SAMPLING, ids=str)
+def test_evenly_spread_uniform_numbers_draw_each_token_as_often_as_its_probability_says(settings):
+    from megatron_opdlm.rollout.token_sampling import draw_tokens
+
+    rollout, num = RolloutConfig(**settings), 2000
+    logits = random_logits(1)[0]
+    uniforms_N = (torch.arange(num, dtype=torch.float64) + 0.5) / num
+    counts = draw_tokens(logits.expand(num, -1), uniforms_N, rollout).ids_N.bincount(minlength=30)
+    assert (counts / num - torch.tensor(slow_distribution(logits, rollout))).abs().max() <= 1.01 / num
