@@ -59,14 +59,13 @@ def _run_rank(rank: int, function: Callable[..., Any], world_size: int, folder: 
     torch.set_num_threads(1)
     # A file instead of a TCP port for the rendezvous: no other process can take it.
     rendezvous, limit = f"file://{folder}/rendezvous", timedelta(seconds=TIME_LIMIT)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=limit)
     try:
-        result = function(rank, *arguments)
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=limit)
+        Path(folder, str(rank)).write_bytes(pickle.dumps(function(rank, *arguments)))
+        dist.destroy_process_group()
     except BaseException:
         _note_failure(Path(folder, "failure"), rank)
         raise
-    Path(folder, str(rank)).write_bytes(pickle.dumps(result))
-    dist.destroy_process_group()
 
 
 def _note_failure(path: Path, rank: int) -> None:

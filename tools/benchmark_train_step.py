@@ -4,29 +4,29 @@
 
 prints one JSON line per variant and one with their ratio:
 
-    {"variant": "ours", "seconds": 5.9, ..., "step_mib": 1204.1, "peak_mib": 2011.5, "loss": ..., "grad_norm": ...}
-    {"variant": "naive", ...}
-    {"ratio": "naive to ours", "speedup": ..., "speedup_of_fastest": ..., "step_memory_share": ..., ...}
+    {"variant": "ours", "seconds": 4.5, "step_mib": 852.4, "peak_mib": 1602.1, "loss": 0.999, ...}
+    {"variant": "naive", "seconds": 17.7, "step_mib": 3384.5, ...}
+    {"ratio": "naive to ours", "speedup": 3.9, ..., "step_memory_share": 0.25, ...}
 
-A step is the teacher's forward, the student's forward, the loss, and the backward; no optimizer. The row is a random
-prompt and response, and its state is drawn by `select_states` from a step map of one token per denoising step, so that
-about five eighths of the response is masked: the *fewest* trained positions come from such a rollout with K = S = 4.
+A step is the teacher's forward, the student's forward, the loss and the backward; no optimizer. The row is a random
+prompt and response, and its state is drawn by `select_states` from a rollout of one token per denoising step, so about
+five eighths of the response are trained. What ours gains depends on that share, since it makes logits there only.
 
-- `ours` is what a training run does: Megatron models, `teacher_hidden_states`, the `aten` attention,
-  `distillation_loss`, with the package's default settings.
-- `naive` has the quantities of a straightforward implementation: the teacher reads the clean and a second, noisy-placed
-  stream (2T tokens) under a dense mask and so does the student; both make the logits of all T noisy positions, both
-  take a log-softmax of all of them, autograd makes the backward. It is not slowed down on purpose: `transformers`' Qwen3
-  with PyTorch's fused `sdpa` attention and no cache, output layers on the noisy half alone, the mask token left out by
-  its place as the last row, PyTorch's `kl_div` on log-probabilities, logits freed once their log-softmax is there,
-  the teacher under `no_grad`.
+- `ours` is what a training run does: Megatron models, `teacher_hidden_states`, the `aten` attention and
+  `distillation_loss`, with the package's default settings but for `--chunk-size`.
+- `naive` has the quantities of a straightforward implementation. The teacher reads two streams (2T tokens) under a
+  dense mask, and so does the student; both make the logits of all T positions of the noisy stream and take a
+  log-softmax of them; autograd makes the backward. It is not slow on purpose: `transformers`' Qwen3 with PyTorch's
+  fused `sdpa` attention and no cache, masks made beforehand, output layers on one stream only, the mask token left out
+  by a view, PyTorch's `kl_div` on log-probabilities, logits freed after their log-softmax, the teacher under `no_grad`.
 
-Both have the same weights and the same state, and report the same loss and gradient norm: float32 on the CPU, tied
-embeddings, tokens that are drawn at random. Every variant runs in processes of its own, taking turns. A process takes
-one warm-up step and then `--repeats` timed ones. `step_mib` is the peak of its resident memory during the steps minus
-what it held before them (weights, libraries), `peak_mib` is the peak itself.
+Both have the same weights and the same state, and report the same loss and gradient norm. All is float32 on the CPU.
+Every variant runs in processes of its own, taking turns; a process takes one warm-up step, then `--repeats` timed ones.
+`peak_mib` is the largest resident memory of the process, `step_mib` that minus what it held before the first step
+(weights, libraries); at toy sizes the building of the models may decide it.
 
-Legend: `B` sequences (one here), `T` tokens of the terminal sequence, `V` vocabulary, `H` hidden size.
+Legend: `B` sequences (one here), `T` tokens of the terminal sequence, `V` vocabulary, `H` hidden size, `N` trained
+positions, `M` blocks, `K` positions of a block.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ class Sizes:
     """With the mask token, which is the last one."""
     hidden_size: int = 256
     num_layers: int = 4
+    chunk_size: int | None = None
+    """Of ours: `divergence.chunk_size`; by default the package's own."""
 
 
 class Variant(NamedTuple):
@@ -83,7 +85,7 @@ def main() -> None:
     parser = _build_parser()
     arguments = parser.parse_args()
     sizes = Sizes(**{field.name: getattr(arguments, field.name) for field in fields(Sizes)})
-    for rule, holds in _rules(sizes, arguments.repeats, arguments.rounds, arguments.threads).items():
+    for rule, holds in _rules(sizes, arguments).items():
         if not holds:
             parser.error(rule)
     if arguments.once:
@@ -102,7 +104,9 @@ def main() -> None:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Sizes):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=int, default=field.default, help=f"default: {field.default}"
+        )
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of a process, after one warm-up step")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each variant; the variants take turns")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads; default: all")
@@ -111,13 +115,16 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _rules(sizes: Sizes, repeats: int, rounds: int, threads: int) -> dict[str, bool]:
+def _rules(sizes: Sizes, arguments: argparse.Namespace) -> dict[str, bool]:
     num_tokens = sizes.prompt_length + sizes.response_length
+    counts = [*asdict(sizes).values(), arguments.repeats, arguments.rounds, arguments.threads]
     return {
-        "all sizes and counts must be at least 1": min(*asdict(sizes).values(), repeats, rounds, threads) >= 1,
-        f"prompt and response together ({num_tokens}) must be whole blocks of {BLOCK_SIZE}": not num_tokens
-        % BLOCK_SIZE,
+        "all sizes and counts must be at least 1": min(count for count in counts if count is not None) >= 1,
+        f"prompt and response together ({num_tokens}) must be whole blocks of {BLOCK_SIZE}": num_tokens % BLOCK_SIZE
+        == 0,
+        f"--vocab-size ({sizes.vocab_size}) must leave a token besides the mask token": sizes.vocab_size >= 2,
         f"--hidden-size ({sizes.hidden_size}) must be a multiple of 8": sizes.hidden_size % 8 == 0,
+        "--once measures one --variant, so name it": arguments.variant is not None or not arguments.once,
     }
 
 
@@ -265,12 +272,13 @@ def build_ours(sizes: Sizes, folder: Path) -> Variant:
     teacher.eval().requires_grad_(False)
     vocabulary = {"vocab_size": sizes.vocab_size, "mask_token_id": sizes.vocab_size - 1}
     shard = VocabularyShard(first=0, num_rows=len(student.output_weight), group=groups.tp, **vocabulary)
+    divergence = DivergenceConfig() if sizes.chunk_size is None else DivergenceConfig(chunk_size=sizes.chunk_size)
     positions_T = torch.arange(sizes.prompt_length + sizes.response_length)
 
     def loss(states: OnPolicyStates) -> torch.Tensor:
         (targets_NH,) = teacher_hidden_states(teacher, [states])
         hidden_TBH = student(torch.cat([states.clean_ids_BT, states.noisy_ids_BT]), positions_T, states.lengths_B)
-        return distillation_loss(student, teacher, hidden_TBH, targets_NH, states, shard, DivergenceConfig())[0]
+        return distillation_loss(student, teacher, hidden_TBH, targets_NH, states, shard, divergence)[0]
 
     return Variant(student, loss)
 
@@ -279,11 +287,14 @@ def _megatron_model(
     model: Qwen3ForCausalLM, core_attention: Callable, folder: Path, groups: ProcessGroupCollection
 ) -> Qwen3Model:
     """The same model on Megatron."""
+    from transformers.utils.logging import disable_progress_bar
+
     from megatron_opdlm.checkpointing.hf_qwen3 import load_hf_weights
     from megatron_opdlm.config.schema import ParallelConfig
     from megatron_opdlm.models.build import build_model
     from megatron_opdlm.models.qwen3 import read_architecture
 
+    disable_progress_bar()
     model.save_pretrained(folder)
     architecture, parallel = read_architecture(folder), ParallelConfig()
     num_rows = architecture.padded_vocab_size(parallel.make_vocab_size_divisible_by, 1)

@@ -9,7 +9,6 @@ from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import Float16Module
 
 from megatron_opdlm.config.schema import OptimizerConfig as Settings
 from megatron_opdlm.models.build import Qwen3Model
@@ -43,7 +42,7 @@ def make_trainable(model: Qwen3Model, settings: Settings, num_optimizer_steps: i
         DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=is_bf16, check_for_nan_in_grad=False
         ),
-        Float16Module(config, model) if is_bf16 else model,
+        model,
     )
     optimizer = get_megatron_optimizer(
         OptimizerConfig(

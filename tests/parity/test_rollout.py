@@ -217,7 +217,7 @@ def test_a_draw_is_the_inverse_of_the_cumulative_distribution_in_float64(setting
 
     rollout, logits_NV = RolloutConfig(**settings), random_logits(300)
     uniforms_N = torch.rand(300, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    uniforms_N[:2] = torch.tensor([0.0, 1 - 2**-53])  # the ends of what `torch.rand` gives
+    uniforms_N[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)  # the ends of what `torch.rand` gives
     draws = draw_tokens(logits_NV, uniforms_N, rollout)
     for logits, uniform, token, log_prob in zip(logits_NV, uniforms_N, draws.ids_N, draws.log_probs_N, strict=True):
         cumulative = torch.tensor(slow_distribution(logits, rollout), dtype=torch.float64).cumsum(0)

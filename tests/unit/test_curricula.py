@@ -14,7 +14,7 @@ PAPER = {"length_start": 100, "length_ramp_steps": 100}
     ("shape", "lengths"),
     [
         ("linear", {0: 100, 1: 140, 25: 1076, 50: 2052, 99: 3964, 100: 4000, 1000: 4000}),  # 2050 -> 2052
-        ("sine", {0: 100, 50: 2860, 100: 4000}),  # 100 + 3900 sin(pi/4) = 2857.7
+        ("sine", {0: 100, 50: 2860, 100: 4000, 150: 4000}),  # 100 + 3900 sin(pi/4) = 2857.7
         ("cosine", {0: 100, 50: 1244, 100: 4000}),  # 100 + 3900 (1 - cos(pi/4)) = 1242.3
     ],
 )
@@ -29,11 +29,10 @@ def test_without_a_curriculum_the_full_length_holds_from_the_first_step():
 
 
 def test_a_length_that_is_whole_blocks_up_to_rounding_gets_no_extra_block():
-    steps = CurriculaConfig(length_start=8, length_ramp_steps=49)
-    # 8 + 196 * (k / 49) is 8 + 4k exactly, but not in floating point.
-    assert [max_new_tokens_at(k, steps, RolloutConfig(block_size=4, max_new_tokens=204)) for k in range(50)] == [
-        8 + 4 * k for k in range(50)
-    ]
+    curricula = CurriculaConfig(length_start=8, length_ramp_steps=35)
+    rollout = RolloutConfig(block_size=4, max_new_tokens=148)
+    assert 8 + (148 - 8) * (29 / 35) > 124  # in floating point; 8 + 4 x 29 is 124
+    assert [max_new_tokens_at(step, curricula, rollout) for step in range(36)] == list(range(8, 149, 4))
 
 
 def test_at_least_one_block_and_never_more_than_the_full_length():

@@ -145,7 +145,7 @@ def test_equal_logits_have_no_divergence_and_no_gradient(logits_NV, top_k):
     result.loss.backward()
     assert result.divergence_N.abs().max() == 0
     assert result.agrees_N.all()
-    # What remains is q * sum p - p: zero where all or none of the tokens are summed over.
+    # q * sum_A p - p [in A] is zero for q = p only where A holds all tokens.
     if top_k in (0, 4):
         assert student_NV.grad.abs().max() < 1e-15
 

@@ -1,0 +1,87 @@
+"""A step's metrics by hand: two trajectories, two optimizer steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.models.qwen3 import Qwen3Architecture
+from megatron_opdlm.training.step_metrics import StepMetrics
+
+ARCHITECTURE = Qwen3Architecture(
+    hidden_size=8,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    vocab_size=32,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    max_position_embeddings=64,
+    tie_word_embeddings=True,
+    dtype="float32",
+)
+
+
+def trajectory(steps: list[int], response_length: int, stop_reason: str) -> Trajectory:
+    return Trajectory(
+        prompt_id=0,
+        sample_index=0,
+        prompt_length=4,
+        block_size=4,
+        terminal_ids_T=torch.arange(4 + len(steps)),
+        step_map_R=torch.tensor(steps),
+        log_probs_R=torch.zeros(len(steps)),
+        response_length=response_length,
+        stop_reason=stop_reason,
+        domain="",
+    )
+
+
+@pytest.fixture
+def metrics(world_of_one) -> StepMetrics:
+    return StepMetrics(ARCHITECTURE, ARCHITECTURE, dist.group.WORLD)
+
+
+def sums(loss: float, rows: int, trained: int, agreements: int, gap: float, committed: int) -> dict[str, float]:
+    return {
+        "grad_norm": 1.0,
+        "loss": loss,
+        "rows": rows,
+        "trained_tokens": trained,
+        "agreements": agreements,
+        "on_policy_gap": gap,
+        "committed_tokens": committed,
+    }
+
+
+def of_step(metrics: StepMetrics) -> dict[str, float]:
+    trajectories = [trajectory([1, 1, 1, 1], 3, "end_token"), trajectory([1, 2, 3, 4, 1, 1, 2, 2], 8, "length")]
+    step_sums = [sums(4.0, 2, 10, 5, 0.2, 4), sums(1.0, 2, 30, 30, 0.0, 0)]
+    return metrics.of_step(trajectories, step_sums, {"total": 2.0}, lr=1e-5, length_limit=8)
+
+
+def test_means_are_weighted_by_what_they_are_means_of(metrics):
+    values = of_step(metrics)
+    assert values["train/loss"] == pytest.approx(5 / 4)
+    assert values["train/teacher_agreement"] == pytest.approx(35 / 40)
+    assert values["train/on_policy_gap"] == pytest.approx(0.05)
+    assert values["rollout/tokens_per_step"] == pytest.approx(11 / 7)
+    assert values["rollout/response_length"] == 5.5
+    assert values["rollout/end_token_fraction"] == 0.5
+    assert values["perf/tokens_per_second"] == 5.5
+
+
+def test_paper_flops_are_six_and_two_per_parameter_and_token(metrics):
+    num_parameters = 32 * 8 + 8 + 2 * 8 + 2 * 4 + (2 * 2 + 2) * 4 * 8 + 3 * 8 * 16
+    assert of_step(metrics)["perf/paper_flops"] == 8 * num_parameters * 11
+
+
+def test_totals_go_on_from_a_saved_state(metrics):
+    first = of_step(metrics)
+    resumed = StepMetrics(ARCHITECTURE, ARCHITECTURE, dist.group.WORLD)
+    resumed.load_state_dict(metrics.state_dict())
+    assert of_step(resumed)["rollout/total_tokens"] == 2 * first["rollout/total_tokens"]
