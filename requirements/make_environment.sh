@@ -15,3 +15,4 @@ fi
 command -v "$PYTHON" >/dev/null || { echo "error: PYTHON ($PYTHON) must be an interpreter" >&2; exit 2; }
 PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"
 export PATH
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # tools and examples import the package from here

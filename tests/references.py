@@ -25,7 +25,10 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float64):
     """The folder as `transformers` reads it, with attention that honours a mask `[B, 1, queries, keys]`."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    # PyTorch gives the row of the padding token no gradient, even where a sequence really holds that token.
+    model.get_input_embeddings().padding_idx = None
+    return model
 
 
 def masked_logits(model, ids_BT: torch.Tensor, positions_T: torch.Tensor, is_visible: torch.Tensor) -> torch.Tensor:

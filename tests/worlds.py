@@ -64,6 +64,13 @@ def layout(parallel: ParallelConfig) -> Iterator:
         parallel_state.destroy_model_parallel()
 
 
+def remove_parallel_groups() -> None:
+    """Forgets Megatron's groups that something which failed left behind."""
+    from megatron_opdlm.parallel.initialize import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
 def load_student(config: Config, groups):
     """The student with the weights of its folder, and its special tokens."""
     from megatron_opdlm.checkpointing.student_and_teacher import build_student, open_student, padded_vocab_size

@@ -72,7 +72,7 @@ def teacher_accuracy(folder: Path, task_file: Path, batch_size: int = 64) -> flo
     for begin in range(0, len(tasks), batch_size):
         batch = tokenizer(texts[begin : begin + batch_size], return_tensors="pt", padding=True)
         with torch.no_grad():
-            written = model.generate(**batch, max_new_tokens=24, do_sample=False)[:, batch["input_ids"].shape[1] :]
+            written = model.generate(**batch, max_new_tokens=28, do_sample=False)[:, batch["input_ids"].shape[1] :]
         responses = tokenizer.batch_decode(written, skip_special_tokens=True)
         correct += sum(
             score_response(task, response) == 1.0

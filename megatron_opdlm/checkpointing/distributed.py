@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -60,10 +62,17 @@ def save_checkpoint(folder: Path, state: dict, write_assets: Callable[[Path], No
 
 
 def load_checkpoint(folder: Path, state: dict) -> dict:
-    """The values that `state` describes, read from `folder`. All ranks must call it. ValueError if it is damaged."""
+    """The values that `state` describes, read from `folder`. All ranks must call it.
+
+    ValueError if it is damaged, or holds other tensors than `state` asks for.
+    """
     check_complete(folder)
-    with _quiet():
-        return dist_checkpointing.load(state, str(folder))
+    try:
+        with _quiet():
+            return dist_checkpointing.load(state, str(folder))
+    except (CheckpointException, CheckpointingException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"checkpoint {folder} is damaged or of another model: {reason}") from error
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -12,7 +12,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_opdlm.checkpointing.distributed import ASSETS, METADATA, is_checkpoint, load_checkpoint, newest_checkpoint
+from megatron_opdlm.checkpointing.distributed import (
+    ASSETS,
+    MANIFEST,
+    METADATA,
+    is_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+)
 from megatron_opdlm.checkpointing.hf_qwen3 import load_hf_weights
 from megatron_opdlm.models.build import Qwen3Model
 from megatron_opdlm.models.qwen3 import Qwen3Architecture, read_architecture
@@ -53,4 +60,9 @@ def open_pretrained(folder: str, setting: str) -> Pretrained:
         raise ValueError(f"{setting} ({folder}) is not a folder")
     path = newest_checkpoint(path) or path
     is_megatron = is_checkpoint(path)
+    if not is_megatron and not (path / "config.json").is_file():
+        raise ValueError(
+            f"{setting} ({folder}) is neither a Hugging Face folder (it has no config.json) "
+            f"nor a whole Megatron checkpoint (it has no {MANIFEST})"
+        )
     return Pretrained(path, is_megatron, read_architecture(path / ASSETS if is_megatron else path))

@@ -17,6 +17,8 @@ from megatron_opdlm.config.schema import Config
 from megatron_opdlm.models.build import Qwen3Model
 
 PROGRESS = "progress"
+OF_THE_RECIPE = ("max_lr", "min_lr", "betas", "eps")
+"""What Megatron stores with the optimizer's state although it is a setting, which a resumed run may have changed."""
 
 
 def save_train_state(
@@ -45,9 +47,12 @@ def load_train_state(
     folder: Path, model: Qwen3Model, optimizer: MegatronOptimizer, groups: ProcessGroupCollection
 ) -> dict:
     """Fills model and optimizer and returns `progress`. All ranks must call it. ValueError if the folder is damaged."""
+    recipe = [{name: group[name] for name in OF_THE_RECIPE} for group in optimizer.param_groups]
     state = load_checkpoint(folder, _sharded_state(model, optimizer, groups, is_loading=True))
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    for group, settings in zip(optimizer.param_groups, recipe, strict=True):
+        group.update(settings)
     return state[PROGRESS]
 
 

@@ -62,7 +62,7 @@ def forward_kl_loss(
     chunk_size: int,
     top_k: int = 0,
 ) -> DivergenceResult:
-    """Weighted sum of KL(teacher || student) over N positions, with gradients for the student's hidden states and weight.
+    """Weighted sum of KL(teacher || student) over N positions, differentiable in the student's side.
 
     Hidden states are the full ones, the same on all ranks of `shard.group`; weights are this rank's vocabulary rows.
     The gradient of `student_hidden_NH` is the full one on every rank, that of `student_weight_VH` is local.

@@ -78,6 +78,9 @@ def _cosine(optimizer: MegatronOptimizer, settings: Settings, num_optimizer_step
         end_wd=settings.weight_decay,
         wd_incr_steps=decay_steps,
         wd_incr_style="constant",
+        # A resumed run takes its place in the schedule from the checkpoint, and the schedule itself from the recipe.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -67,7 +68,7 @@ class Trainer:
         steps_per_rollout = training.num_prompts_per_step // training.global_batch_size
         self.student = make_trainable(model, config.optimizer, training.max_steps * steps_per_rollout)
         self.engine = RolloutEngine(model, config.rollout, self.special, training.seed)
-        self.timers = PhaseTimers()
+        self.timers = PhaseTimers(torch.cuda.synchronize)
         self.metrics = StepMetrics(source.architecture, teacher_source.architecture, self.groups.dp)
         shard = self._vocabulary_shard(num_rows, teacher_source.architecture.vocab_size)
         self.train_step = TrainStep(self.student, teacher, shard, config.divergence, self.timers)

@@ -45,9 +45,7 @@ def student_logits(folder: Path, parallel, backend: str, block_size: int) -> tor
     """Clean rows, then noisy ones."""
     rollout = RolloutConfig(block_size=block_size)
     with layout(parallel) as groups:
-        model, special = load_student(
-            tiny_config(folder, parallel=parallel, backend=backend, rollout=rollout), groups
-        )
+        model, special = load_student(tiny_config(folder, parallel=parallel, backend=backend, rollout=rollout), groups)
         clean_BT = token_ids(1)
         streams = torch.cat([clean_BT, noisy_ids(clean_BT, special.mask_token_id)])
         return gathered_logits(model, model(streams, torch.arange(24), LENGTHS_B))

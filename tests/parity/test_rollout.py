@@ -103,7 +103,9 @@ def test_forwards_are_one_prefill_and_the_denoising_steps_of_the_slowest_row(stu
     assert engine.num_forwards == 1 + max(int(t.steps_by_block_MK.amax(1).sum()) for t in trajectories)
     short = random_prompts()[:3]
     engine, trajectories = generate(student, rollout_settings(**CASES[case]), short)
-    assert engine.num_forwards == max(int(t.steps_by_block_MK.amax(1).sum()) for t in trajectories), "nothing to prefill"
+    assert engine.num_forwards == max(int(t.steps_by_block_MK.amax(1).sum()) for t in trajectories), (
+        "nothing to prefill"
+    )
 
 
 def test_a_response_counts_up_to_its_first_end_token_or_its_limit_and_keeps_its_last_block_whole(student):
@@ -123,8 +125,8 @@ def test_a_response_counts_up_to_its_first_end_token_or_its_limit_and_keeps_its_
     assert reasons == {(reason, True) for reason in ("end_token", "length")} | {("end_token", False), ("length", False)}
 
 
-def test_a_prompt_is_never_overwritten_where_fewer_masks_are_left_than_a_step_commits(student):
-    """Defect 7: one mask beside seven prompt tokens, and a step that commits all eight of them."""
+def test_defect_7_a_prompt_is_never_overwritten_where_fewer_masks_are_left_than_a_step_commits(student):
+    """One mask beside seven prompt tokens, and a step that commits up to eight."""
     settings = rollout_settings(block_size=8, denoising_steps_per_block=1, remasking_strategy="low_confidence_static")
     for prompt, trajectory in zip(random_prompts(), generate(student, settings)[1], strict=True):
         assert trajectory.terminal_ids_T[: len(prompt.token_ids)].tolist() == list(prompt.token_ids)
@@ -138,8 +140,7 @@ def prefer(model, token_id: int) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_mask_token_is_never_drawn_where_it_is_the_most_likely(student, monkeypatch, temperature):
-    """Defect 6."""
+def test_defect_6_the_mask_token_is_never_drawn_where_it_is_the_most_likely(student, monkeypatch, temperature):
     model, special = student
     prefer(model, special.mask_token_id)
     prefers_mask, logits_of = [], model.vocab_parallel_logits
@@ -155,8 +156,8 @@ def test_the_mask_token_is_never_drawn_where_it_is_the_most_likely(student, monk
     assert torch.cat(prefers_mask).float().mean() > 0.2, "the test must put the mask token in the lead"
 
 
-def test_special_tokens_reach_the_trained_states_as_ids(student, folder):
-    """Defect 4: `<think>` would be lost or cut up on a way through text."""
+def test_defect_4_special_tokens_reach_the_trained_states_as_ids(student, folder):
+    """`<think>` would be lost or cut up on a way through text."""
     from transformers import AutoTokenizer
 
     think = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<think>")

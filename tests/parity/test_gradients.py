@@ -1,0 +1,155 @@
+"""The gradient of a whole training step against a literal one: `transformers` in float64, full logits, autograd.
+
+The step's trajectories come from a rollout, with rows of different lengths and padding. Everything between them and
+the gradients is checked at once: states, both forwards, the chunked divergence, the split into micro-batches,
+activation recompute, and Megatron's normalisation over the global batch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_opdlm.config.schema import (
+    DataConfig,
+    DivergenceConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TrainingConfig,
+)
+from tests.references import load_reference, two_stream_logits
+from tests.tiny_qwen3 import make_tiny_qwen3, write_prompts
+from tests.worlds import layout, tiny_config
+
+FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+CASES = {
+    "one row at a time": {"micro_batch_size": 1},
+    "all rows at once": {"micro_batch_size": 4},
+    "aten": {"micro_batch_size": 2, "backend": "aten"},
+    "recompute": {"micro_batch_size": 4, "transformer": FULL_RECOMPUTE},
+    "recompute, one row at a time, aten": {"micro_batch_size": 1, "backend": "aten", "transformer": FULL_RECOMPUTE},
+    "tied": {"micro_batch_size": 2, "tie": True},
+    "tied, recompute": {"micro_batch_size": 2, "tie": True, "transformer": FULL_RECOMPUTE},
+}
+Gradients = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict:
+    root = tmp_path_factory.mktemp("hf")
+    return {
+        False: make_tiny_qwen3(root / "untied", seed=1),
+        True: make_tiny_qwen3(root / "tied", seed=2, tie=True),
+        "teacher": make_tiny_qwen3(root / "teacher", seed=3, hidden_size=40, num_layers=1, spare_rows=5),
+        "prompts": write_prompts(root / "prompts.jsonl", 9),
+    }
+
+
+def make_trainer(folders: dict, root: Path, case: dict):
+    """A trainer whose gradients stay as they are: no clipping, no step to speak of."""
+    from megatron_opdlm.training.trainer import Trainer
+
+    return Trainer(
+        tiny_config(
+            folders[case.get("tie", False)],
+            teacher=folders["teacher"],
+            backend=case.get("backend", "dense"),
+            transformer=case.get("transformer"),
+            rollout=RolloutConfig(max_new_tokens=12, dynamic_threshold=0.12, stop_token_ids=[5]),
+            divergence=DivergenceConfig(chunk_size=5),
+            data=DataConfig(train_files=[str(folders["prompts"])]),
+            optimizer=OptimizerConfig(lr=1e-12, min_lr=0.0, clip_grad=0.0),
+            training=TrainingConfig(
+                num_prompts_per_step=4,
+                global_batch_size=4,
+                micro_batch_size=case["micro_batch_size"],
+                pad_to_multiple=16,
+            ),
+            logging=LoggingConfig(directory=str(root / "run")),
+        )
+    )
+
+
+def roll_out_states(trainer):
+    tasks = trainer._share(trainer.prompt_stream.next_batch(), 12)
+    return trainer._select_states(trainer.engine.generate(tasks, trainer.step))
+
+
+def megatron_gradients(trainer, states) -> tuple[Gradients, dict[str, float]]:
+    """By the names of Hugging Face's tensors; and what the step reports."""
+    from megatron_opdlm.checkpointing.hf_qwen3 import LAYER, hf_tensors
+
+    (micro_batches,) = trainer._global_batches(states)
+    sums = trainer.train_step(micro_batches)
+    by_name = {name: parameter.main_grad.clone() for name, parameter in trainer.student.model.named_parameters()}
+    parameter_of_key = {key: parameter for parameter, (key, _) in LAYER.items()}
+
+    def read(key: str, layer: int | None) -> torch.Tensor:
+        return by_name[key if layer is None else f"decoder.layers.{layer}.{parameter_of_key[key]}"]
+
+    return dict(hf_tensors(trainer.source.architecture, read)), sums
+
+
+def literal_gradients(student, teacher, states, special) -> tuple[Gradients, float]:
+    """Mean over rows of the mean over trained positions of KL(teacher || student), mask token left out."""
+    teacher_BTV = teacher(input_ids=states.clean_ids_BT).logits.detach()
+    noisy_BTV = two_stream_logits(student, states.clean_ids_BT, states.noisy_ids_BT, states.lengths_B, 4)[1]
+    num_tokens = min(teacher_BTV.shape[-1], noisy_BTV.shape[-1])
+    live = [token for token in range(num_tokens) if token != special.mask_token_id]
+    row_means = []
+    for row, is_trained_T in enumerate(states.is_trained_BT):
+        divergences = []
+        for position in is_trained_T.nonzero()[:, 0].tolist():
+            log_p = teacher_BTV[row, position - 1, live].log_softmax(0)
+            log_q = noisy_BTV[row, position, live].log_softmax(0)
+            divergences.append((log_p.exp() * (log_p - log_q)).sum())
+        row_means.append(torch.stack(divergences).mean() if divergences else torch.zeros((), dtype=torch.float64))
+    loss = torch.stack(row_means).mean()
+    student.zero_grad()
+    loss.backward()
+    return {name: parameter.grad for name, parameter in student.named_parameters()}, loss.item()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_defect_1_gradients_equal_autograd_through_transformers_with_and_without_recompute(
+    folders, world_of_one, tmp_path, case
+):
+    with layout(ParallelConfig()):
+        trainer = make_trainer(folders, tmp_path, CASES[case])
+        states = roll_out_states(trainer)
+        actual, sums = megatron_gradients(trainer, states)
+    student = load_reference(folders[CASES[case].get("tie", False)])
+    expected, loss = literal_gradients(student, load_reference(folders["teacher"]), states, trainer.special)
+    assert len(states.lengths_B.unique()) > 1 and states.num_trained_B.min() > 0, "padding and trained rows are needed"
+    assert sums["loss"] / sums["rows"] == pytest.approx(loss, rel=1e-5)
+    norm = sum(float(gradient.square().sum()) for gradient in expected.values()) ** 0.5
+    assert sums["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+class CausalStudent:
+    """A student that ignores the mask it is given, as one does that sees the teacher's."""
+
+    def __init__(self, model) -> None:
+        self.model, self.dtype = model, model.dtype
+        self.zero_grad, self.named_parameters = model.zero_grad, model.named_parameters
+
+    def __call__(self, *, input_ids, attention_mask, position_ids):
+        return self.model(input_ids=input_ids, position_ids=position_ids)
+
+
+def test_defect_1_the_comparison_sees_a_student_under_the_teachers_mask(folders, world_of_one, tmp_path):
+    with layout(ParallelConfig()):
+        trainer = make_trainer(folders, tmp_path, CASES["all rows at once"])
+        states = roll_out_states(trainer)
+        actual, _ = megatron_gradients(trainer, states)
+    student = CausalStudent(load_reference(folders[False]))
+    wrong, _ = literal_gradients(student, load_reference(folders["teacher"]), states, trainer.special)
+    errors = [float((actual[name] - gradient).norm() / gradient.norm()) for name, gradient in wrong.items()]
+    assert max(errors) > 0.01
