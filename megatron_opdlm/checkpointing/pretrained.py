@@ -16,6 +16,7 @@ from megatron_opdlm.checkpointing.distributed import (
     ASSETS,
     MANIFEST,
     METADATA,
+    check_complete,
     is_checkpoint,
     load_checkpoint,
     newest_checkpoint,
@@ -60,7 +61,9 @@ def open_pretrained(folder: str, setting: str) -> Pretrained:
         raise ValueError(f"{setting} ({folder}) is not a folder")
     path = newest_checkpoint(path) or path
     is_megatron = is_checkpoint(path)
-    if not is_megatron and not (path / "config.json").is_file():
+    if is_megatron:
+        check_complete(path)
+    elif not (path / "config.json").is_file():
         raise ValueError(
             f"{setting} ({folder}) is neither a Hugging Face folder (it has no config.json) "
             f"nor a whole Megatron checkpoint (it has no {MANIFEST})"

@@ -119,8 +119,9 @@ class DivergenceConfig:
 
     top_k: int = 0
     """Sum over the teacher's k most likely tokens only, un-normalised, as in the paper; 0 for the full vocabulary."""
-    chunk_size: int = 512
-    """Trained positions whose logits exist at one time."""
+    chunk_size: int = 128
+    """Trained positions whose logits exist at one time. Three float32 buffers of this many times the vocabulary (per
+    tensor-parallel rank) are alive; larger chunks read the output layer less often."""
 
 
 @dataclass(frozen=True, kw_only=True)

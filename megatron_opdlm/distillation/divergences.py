@@ -222,7 +222,7 @@ class _GradientSums:
 
 
 class _WithGradients(torch.autograd.Function):
-    """Returns a loss whose gradients are known already."""
+    """Returns a loss whose gradients are known already. Its backward pass can run once."""
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, loss, gradients: _GradientSums, shard: VocabularyShard) -> torch.Tensor:
@@ -239,5 +239,6 @@ class _WithGradients(torch.autograd.Function):
             # Each rank's rows give one part of the sum over the vocabulary.
             hidden_NH = sum_over_ranks_(hidden_NH * upstream, ctx.shard).to(ctx.hidden_dtype)
         if weight_VH is not None:
-            weight_VH = weight_VH * upstream
+            # In place: nothing else uses it, and a copy would be as large as the output layer.
+            weight_VH = weight_VH.mul_(upstream)
         return hidden_NH, weight_VH, None, None, None

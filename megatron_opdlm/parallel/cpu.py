@@ -127,6 +127,7 @@ def _patch_megatron() -> None:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron-Core warns of each optional GPU package it does not find
+        import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  it warns too
         import megatron.core.optimizer as optimizer
         import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
         import megatron.core.tensor_parallel.random as random

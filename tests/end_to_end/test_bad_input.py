@@ -176,7 +176,10 @@ def cut_short(path: Path, num_bytes: int = 100) -> None:
 NORM = "model.layers.1.self_attn.q_norm.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
 HF_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda hf: (hf / CONFIG).unlink(), "{root}/hf is not a Hugging Face folder: it has no config.json"),
+    "no config": (
+        lambda hf: (hf / CONFIG).unlink(),
+        "student.hf ({root}/hf) is neither a Hugging Face folder (it has no config.json) nor",
+    ),
     "malformed config": (lambda hf: cut_short(hf / CONFIG, 3), "{root}/hf/config.json is not valid JSON"),
     "config is a list": (lambda hf: (hf / CONFIG).write_text("[]"), "{root}/hf/config.json must hold a JSON object"),
     "key missing": (lambda hf: edit_config(hf, hidden_size=None), "config.json: hidden_size is missing"),
@@ -240,7 +243,7 @@ def first_shard(checkpoint: Path) -> Path:
 CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (
         lambda folder: (folder / "manifest.json").unlink(),
-        "checkpoint ({root}/checkpoint) is neither a Hugging Face folder...nor a whole Megatron checkpoint",
+        "{root}/checkpoint...it has no manifest.json",
     ),
     "malformed manifest": (lambda folder: cut_short(folder / "manifest.json", 5), "manifest.json is damaged"),
     "shard missing": (

@@ -184,7 +184,7 @@ def test_a_finished_run_that_is_started_again_changes_nothing(root):
 
 
 def test_a_resumed_run_takes_its_learning_rates_from_its_own_recipe(root):
-    """Only the place in the schedule comes from the checkpoint: a longer run must not stay at the end of a shorter one."""
+    """Only the place in the schedule is the checkpoint's: a longer run must not stay at the end of a shorter one."""
     shutil.copytree(root / "whole", root / "other rates")
     shutil.rmtree(checkpoint(root, "other rates", NUM_STEPS))
     changed = {"--optimizer.lr": "0.004", "--optimizer.min_lr": "0.0005", "--optimizer.lr_decay_steps": "24"}
