@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["megatron_opdlm", "megatron_opdlm.*"]),
     package_data={"megatron_opdlm": ["**/*.md", "**/*.yaml"]},
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
         "torch",
         "megatron-core>=0.16.1,<0.20",

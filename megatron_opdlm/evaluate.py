@@ -26,19 +26,22 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _evaluate(config: Config) -> None:
     # torch and Megatron are imported only when there is something to evaluate, so `--help` answers at once
-    from megatron_opdlm.config.check import check_config
+    from megatron_opdlm.config.check import check_layout
     from megatron_opdlm.evaluation.task_files import score_task_files
     from megatron_opdlm.observability.logging import set_up_logging
     from megatron_opdlm.parallel.initialize import rank, shut_down, world_size
 
-    check_config(config, world_size())
+    check_layout(config.parallel, world_size())
+    output = Path(config.evaluation.output) if config.evaluation.output else None
+    if output and not output.parent.is_dir():
+        raise ValueError(f"evaluation.output ({output}) must lie in a folder that exists")
     set_up_logging()
     results = score_task_files(config)
     if rank() == 0:
         for file, result in results.items():
             print(f"{file}: " + ", ".join(f"{name} {value:.4g}" for name, value in result["scores"].items()))
-        if config.evaluation.output:
-            Path(config.evaluation.output).write_text(json.dumps(results, indent=1) + "\n")
+        if output:
+            output.write_text(json.dumps(results, indent=1) + "\n")
     shut_down()
 
 

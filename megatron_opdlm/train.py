@@ -9,6 +9,7 @@ import sys
 
 from megatron_opdlm.config.errors import user_errors
 from megatron_opdlm.config.load import load_config
+from megatron_opdlm.config.schema import Config
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
         _train(config)
 
 
-def _train(config) -> None:
+def _train(config: Config) -> None:
     # torch and Megatron are imported only when there is something to train, so `--help` answers at once
     from megatron_opdlm.config.check import check_config
     from megatron_opdlm.observability.logging import set_up_logging

@@ -67,7 +67,7 @@ def decode_slowly(
     mask_token_id: int,
     end_token_ids: tuple[int, ...],
 ) -> SlowDecoding:
-    """One sequence, all of it read in every step, and loops over positions. `uniforms` gives `[S, K]` for each block."""
+    """One sequence, all of it read in every step, and loops over positions. `uniforms` gives `[S, K]` a block."""
     size, num_prompt = settings.block_size, len(prompt_ids)
     ids, steps, log_probs = list(prompt_ids), [0] * num_prompt, [0.0] * num_prompt
     result = SlowDecoding(ids)

@@ -26,6 +26,9 @@ def main() -> None:
 
     with user_errors():
         from megatron_opdlm.checkpointing.conversion import hf_to_megatron
+        from megatron_opdlm.observability.logging import set_up_logging
+
+        set_up_logging()
 
         hf_to_megatron(
             arguments.hf,

@@ -22,6 +22,9 @@ def main() -> None:
 
     with user_errors():
         from megatron_opdlm.checkpointing.conversion import megatron_to_hf
+        from megatron_opdlm.observability.logging import set_up_logging
+
+        set_up_logging()
 
         megatron_to_hf(arguments.checkpoint, arguments.output, dtype=arguments.dtype)
 

@@ -27,11 +27,12 @@ from megatron_opdlm.checkpointing.hf_folder import copy_assets, write_safetensor
 from megatron_opdlm.checkpointing.hf_qwen3 import hf_tensors
 from megatron_opdlm.checkpointing.pretrained import open_pretrained
 from megatron_opdlm.checkpointing.student_and_teacher import open_student
+from megatron_opdlm.config.check import check_layout
 from megatron_opdlm.config.schema import ParallelConfig, StudentConfig
 from megatron_opdlm.models.attention.core_attention import CausalCoreAttention
 from megatron_opdlm.models.build import build_model
 from megatron_opdlm.models.qwen3 import DTYPES, read_config_json
-from megatron_opdlm.parallel.initialize import initialize
+from megatron_opdlm.parallel.initialize import initialize, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +46,14 @@ def hf_to_megatron(
         ValueError: the output exists, or the folder is not a dense Qwen3 with all its tensors.
     """
     _check_absent(output)
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size)
+    check_layout(parallel, world_size())
     pretrained = open_pretrained(hf, "--hf")
     if role == "student":
         source = open_student(StudentConfig(hf=hf, mask_token=mask_token))
         architecture, write_assets = source.architecture, source.write_assets
     else:
         architecture, write_assets = pretrained.architecture, lambda folder: copy_assets(pretrained.assets, folder)
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size)
     groups = initialize(parallel, seed=0)
     model = build_model(
         architecture,

@@ -116,9 +116,12 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 
 def remove_old_checkpoints(directory: Path, keep: int) -> None:
-    """Deletes all but the `keep` newest checkpoints of a run, and what interrupted saves left. 0 keeps all."""
+    """Deletes all but the `keep` newest whole checkpoints of a run, and what interrupted saves left. 0 keeps all.
+
+    A damaged checkpoint counts for nothing and is left for people to look at.
+    """
     if keep:
-        for folder in _step_folders(directory)[:-keep]:
+        for folder in [folder for folder in _step_folders(directory) if _is_complete(folder)][:-keep]:
             shutil.rmtree(folder)
     for partial in directory.glob(f"step_*{PARTIAL}"):
         shutil.rmtree(partial)
@@ -158,6 +161,14 @@ class _RowsPlanner(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         return self.state_dict[index.fqn]
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        check_complete(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def _step_folders(directory: Path) -> list[Path]:

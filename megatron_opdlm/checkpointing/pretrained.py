@@ -2,7 +2,7 @@
 
 source = open_pretrained("Qwen3-0.6B", setting="teacher.hf")
 source.architecture, source.assets                      # the folder with config.json and the tokenizer
-source.load_into(model, groups.tp)
+source.load_into(model, groups.tp, source.architecture)
 """
 
 from __future__ import annotations

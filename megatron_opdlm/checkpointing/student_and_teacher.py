@@ -1,8 +1,10 @@
 """Both models of a run, from whatever folders the recipe names to filled Megatron models on this rank.
 
-    plan = open_models(config)                       # reads configs and tokenizers, checks that they fit; no weights
-    student = build_student(plan, config, groups)
-    teacher = build_teacher(plan, config, groups)
+    source = open_student(config.student)                 # config and tokenizer; no weights yet
+    teacher_source = open_teacher(config.teacher, source)
+    num_rows = padded_vocab_size(config, source.architecture, teacher_source.architecture)
+    student = build_student(source, config, groups, num_rows)
+    teacher = build_teacher(teacher_source, config, groups, num_rows)
 
 The student's architecture is its source's plus a mask token. Both models pad their vocabulary to the same number of
 rows, so that their tensor-parallel shards hold the same tokens.
@@ -63,7 +65,10 @@ def open_student(student: StudentConfig, stop_token_ids: list[int] | None = None
     ends = dict.fromkeys([*end_token_ids(tokenizer, pretrained.assets), *(stop_token_ids or [])])
     for token_id in ends:
         if not 0 <= token_id < architecture.vocab_size or token_id == mask_token_id:
-            raise ValueError(f"rollout.stop_token_ids: {token_id} is not a token that the student can write")
+            raise ValueError(
+                f"end token {token_id} (of {pretrained.assets} or rollout.stop_token_ids) must be a token that the "
+                f"student can write: below {architecture.vocab_size} and not the mask token"
+            )
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends))
     special = SpecialTokens(architecture.vocab_size, mask_token_id, tuple(ends), pad_token_id)
     return StudentSource(pretrained, architecture, tokenizer, special)

@@ -37,7 +37,8 @@ def check_config(config: Config, world_size: int | None) -> None:
     _at_least(1, "data", max_prompt_tokens=config.data.max_prompt_tokens)
     _check_padding(config)
     if world_size is not None:
-        _check_world(config, world_size)
+        check_layout(config.parallel, world_size)
+        _check_batches(config, world_size)
 
 
 def check_required(config: Config, required: Iterable[str]) -> None:
@@ -194,13 +195,18 @@ def _check_padding(config: Config) -> None:
     )
 
 
-def _check_world(config: Config, world_size: int) -> None:
-    training, size = config.training, config.parallel.tensor_model_parallel_size
+def check_layout(parallel: ParallelConfig, world_size: int) -> None:
+    """Checks that the layout fits this many processes."""
+    size = parallel.tensor_model_parallel_size
     _require(
         world_size % size == 0,
         f"parallel.tensor_model_parallel_size ({size}) must divide the number of processes ({world_size})",
     )
-    data_parallel_size = world_size // size
+
+
+def _check_batches(config: Config, world_size: int) -> None:
+    training = config.training
+    data_parallel_size = world_size // config.parallel.tensor_model_parallel_size
     rows = training.micro_batch_size * data_parallel_size
     _require(
         training.global_batch_size % rows == 0,

@@ -2,7 +2,7 @@
 
 A recipe is YAML with these sections; a flag is the dotted path of a key (`--rollout.block_size 8`); code reads the
 attribute of the same name (`config.rollout.block_size`). Each default stands here and nowhere else. Rules that tie
-several settings together are checked once, in `megatron_opdlm.config.load`.
+several settings together are checked once, in `megatron_opdlm.config.check`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class RolloutConfig:
     stop_token_ids: list[int] = field(default_factory=list)
     """Token ids that end a response besides the tokenizer's end token."""
     batch_size: int = 128
-    """Sequences that one data-parallel rank decodes at a time."""
+    """Sequences that one data-parallel rank decodes at a time; each holds keys and values of its whole length."""
 
 
 @dataclass(frozen=True, kw_only=True)

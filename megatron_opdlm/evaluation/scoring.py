@@ -1,6 +1,6 @@
 """Decoding tasks with known answers and scoring the responses.
 
-scores, responses = evaluate_student(engine, tasks, tokenizer, max_new_tokens=64, group=groups.dp)
+scores, responses = evaluate_student(engine, tasks, prompts, tokenizer, max_new_tokens=64, group=groups.dp)
 scores["accuracy"], scores["tokens_per_step"]
 """
 

@@ -7,14 +7,17 @@ results["heldout.jsonl"]["scores"]["accuracy"]
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 from megatron_opdlm.checkpointing.student_and_teacher import build_student, open_student, padded_vocab_size
 from megatron_opdlm.config.schema import Config
 from megatron_opdlm.data.prompts import Prompt, read_prompts
 from megatron_opdlm.evaluation.scoring import evaluate_student
-from megatron_opdlm.evaluation.verifiable_tasks import read_tasks
+from megatron_opdlm.evaluation.verifiable_tasks import load_verifier, read_tasks
 from megatron_opdlm.parallel.initialize import initialize
 from megatron_opdlm.rollout.engine import RolloutEngine
+
+logger = logging.getLogger(__name__)
 
 
 def score_task_files(config: Config) -> dict[str, dict]:
@@ -39,11 +42,16 @@ def score_task_files(config: Config) -> dict[str, dict]:
 def _read(file: str, config: Config, tokenizer) -> tuple[list[dict], list[Prompt]]:
     """The tasks of a file, at most `evaluation.max_tasks`, and their prompts."""
     tasks = read_tasks(file)
-    prompts = read_prompts(
+    for source in {task["source"] for task in tasks}:
+        load_verifier(source)
+    prompt_set = read_prompts(
         [file],
         tokenizer,
         max_prompt_tokens=config.data.max_prompt_tokens,
         apply_chat_template=config.data.apply_chat_template,
         enable_thinking=config.data.enable_thinking,
-    ).prompts[: config.evaluation.max_tasks]
+    )
+    if prompt_set.num_too_long:
+        logger.warning("%s: %d tasks over data.max_prompt_tokens are left out", file, prompt_set.num_too_long)
+    prompts = prompt_set.prompts[: config.evaluation.max_tasks]
     return [tasks[prompt.prompt_id] for prompt in prompts], prompts

@@ -30,6 +30,8 @@ def read_tasks(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: for a row that is not a task, with the file, the line number and the reason.
     """
+    if Path(path).suffix != ".jsonl":
+        raise ValueError(f"{path}: a task file must end in .jsonl")
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     return [_parse_task(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
 
@@ -66,15 +68,15 @@ def score_response(task: dict[str, Any], response_text: str) -> float:
 
     Raises:
         ValueError: if the task's `source` is not a reasoning-gym data set.
-        ImportError: if reasoning-gym is not installed.
+        ValueError: if reasoning-gym is not installed.
     """
     answer = extract_answer(response_text)
-    verifier = _load_verifier(task["source"])
+    verifier = load_verifier(task["source"])
     return 0.0 if answer is None else float(verifier(answer, task["entry"]))
 
 
 @cache
-def _load_verifier(source: str) -> Callable[[str, dict[str, Any]], float]:
+def load_verifier(source: str) -> Callable[[str, dict[str, Any]], float]:
     """The `score_answer` of the data set that `source` names, e.g. `reasoning_gym/chain_sum`."""
     if not source.startswith(SOURCE_PREFIX):
         raise ValueError(f"source ({source}) of a task must start with {SOURCE_PREFIX}")
@@ -82,7 +84,7 @@ def _load_verifier(source: str) -> Callable[[str, dict[str, Any]], float]:
         from reasoning_gym import get_score_answer_fn
     except ImportError as error:
         message = 'scoring these tasks needs reasoning-gym: pip install "megatron-opdlm[evaluation]"'
-        raise ImportError(message) from error
+        raise ValueError(message) from error
     try:
         return get_score_answer_fn(source.removeprefix(SOURCE_PREFIX))
     except ValueError as error:

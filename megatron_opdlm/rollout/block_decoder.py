@@ -1,6 +1,6 @@
 """Block by block, step by step: decoding a batch of prompts with the student.
 
-The algorithm (ALGORITHM of the method, rollout):
+The algorithm:
 
     prefill the whole blocks of each prompt into the cache
     while some sequence is not done:

@@ -32,6 +32,7 @@ from megatron_opdlm.data.sampler import PromptStream
 from megatron_opdlm.diffusion.states import OnPolicyStates, select_states
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.distillation.divergences import VocabularyShard
+from megatron_opdlm.observability.report import write_report
 from megatron_opdlm.observability.timers import PhaseTimers
 from megatron_opdlm.observability.writers import build_writers
 from megatron_opdlm.parallel.device import device
@@ -79,12 +80,12 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to `training.max_steps` and saves the last step."""
+        is_first_rank = dist.get_rank() == 0
         directory = Path(self.config.logging.directory)
-        if dist.get_rank() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            save_config(self.config, directory / "config.yaml")
         writers = build_writers(self.config.logging, dist.get_rank(), self.step)
-        show = self.config.logging.progress_bar and dist.get_rank() == 0
+        if is_first_rank:
+            save_config(self.config, directory / "config.yaml")
+        show = self.config.logging.progress_bar and is_first_rank
         with tqdm(total=self.config.training.max_steps, initial=self.step, disable=not show, unit="step") as bar:
             while self.step < self.config.training.max_steps:
                 metrics = self._one_step()
@@ -95,6 +96,8 @@ class Trainer:
                 if self._is_save_due():
                     self._save()
         writers.close()
+        if is_first_rank:
+            write_report(directory)
 
     def _one_step(self) -> dict[str, float]:
         """The algorithm: a rollout, its states, one optimizer step per global batch."""
@@ -228,5 +231,5 @@ class Trainer:
 def _summary(metrics: dict[str, float]) -> str:
     return (
         f"loss {metrics['train/loss']:.4f}, {metrics['rollout/tokens_per_step']:.2f} tokens/step, "
-        f"agreement {metrics['train/teacher_agreement']:.3f}"
+        f"agreement {metrics.get('train/teacher_agreement', float('nan')):.3f}"  # absent if nothing was trained
     )
