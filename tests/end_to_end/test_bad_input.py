@@ -142,7 +142,10 @@ FLAGS = {
         ["--student.transformer", '{{"num_layer": 1}}'],
         "transformer.num_layer is not a field of Megatron's TransformerConfig",
     ),
-    "stop token": (["--rollout.stop_token_ids", "999"], "rollout.stop_token_ids: 999 is not a token"),
+    "stop token": (
+        ["--rollout.stop_token_ids", "999"],
+        "end token 999...rollout.stop_token_ids) must be a token that the student can write",
+    ),
     "mask is the end token": (["--student.mask_token", "<|im_end|>"], "student.mask_token (<|im_end|>) must not be"),
     "prompts all too long": (
         ["--data.max_prompt_tokens", "3"],

@@ -66,3 +66,10 @@ def test_keep_zero_keeps_all(tmp_path):
         make_folder(tmp_path, step)
     distributed.remove_old_checkpoints(tmp_path, keep=0)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_damaged_checkpoint_of_a_later_step_does_not_push_out_a_good_one(tmp_path):
+    (make_folder(tmp_path, 100) / "shard").write_bytes(b"1")
+    good = make_folder(tmp_path, 50)
+    distributed.remove_old_checkpoints(tmp_path, keep=1)
+    assert distributed.newest_checkpoint(tmp_path) == good
