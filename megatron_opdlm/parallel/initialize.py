@@ -35,13 +35,13 @@ def initialize(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:
 
 
 def world_size() -> int:
-    """Processes of this run, known before any of them has joined the world."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes of this run; known from torchrun before any of them has joined the world."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Rank of this process, known before it has joined the world."""
-    return int(os.environ.get("RANK", "0"))
+    """Rank of this process; known from torchrun before it has joined the world."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def shut_down() -> None:
