@@ -264,7 +264,7 @@ def make_teacher(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the quickstart's teacher and write it as a HF folder.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=700, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=64, help="tasks per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=1234, help="of the weights and of the training tasks")
