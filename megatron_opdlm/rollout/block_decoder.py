@@ -103,17 +103,18 @@ class BlockDecoder:
         rows = sorted((row for row in range(len(lengths)) if lengths[row]), key=lambda row: lengths[row])
         while rows:
             num_rows = max(1, min(len(rows), PREFILL_TOKENS // lengths[rows[-1]]))
-            rows, group = rows[:-num_rows], sorted(rows[-num_rows:])
-            positions = torch.arange(max(lengths[row] for row in group), device=self.ids_BL.device)
-            self._forward(
-                cache, torch.tensor(group, device=positions.device), positions < self.block_start_B[group, None]
-            )
+            rows, group = rows[:-num_rows], rows[-num_rows:]
+            rows_A = torch.tensor(sorted(group), device=self.ids_BL.device)
+            columns = torch.arange(lengths[group[-1]], device=rows_A.device)
+            self._forward(cache, rows_A, columns < self.block_start_B[rows_A, None], torch.zeros_like(rows_A))
 
-    def _forward(self, cache: KeyValueCache, rows_A: torch.Tensor, is_read: torch.Tensor, start_A=0) -> torch.Tensor:
+    def _forward(
+        self, cache: KeyValueCache, rows_A: torch.Tensor, is_read: torch.Tensor, start_A: torch.Tensor
+    ) -> torch.Tensor:
         """Hidden states `[T, H]` of the positions `start + column` of each row where `is_read [A, columns]`."""
         row_index, column = is_read.nonzero(as_tuple=True)
         rows_T = rows_A[row_index]
-        positions_T = column + (start_A[row_index] if torch.is_tensor(start_A) else start_A)
+        positions_T = column + start_A[row_index]
         self.num_forwards += 1
         return cached_forward(self.model, cache, QueryTokens(self.ids_BL[rows_T, positions_T], rows_T, positions_T))
 
@@ -141,7 +142,15 @@ class BlockDecoder:
         )
         self._commit(rows_A, positions_AK, is_masked_AK, is_committed_AK, draws.ids_N, log_probs_AK)
 
-    def _commit(self, rows_A, positions_AK, is_masked_AK, is_committed_AK, ids_M, log_probs_AK) -> None:
+    def _commit(
+        self,
+        rows_A: torch.Tensor,
+        positions_AK: torch.Tensor,
+        is_masked_AK: torch.Tensor,
+        is_committed_AK: torch.Tensor,
+        ids_M: torch.Tensor,
+        log_probs_AK: torch.Tensor,
+    ) -> None:
         """Writes the committed tokens, and with each its step and log-probability."""
         row_index, column = is_committed_AK.nonzero(as_tuple=True)
         place = rows_A[row_index], positions_AK[row_index, column]
