@@ -15,7 +15,7 @@ the whole response trained the speedup is about half of it. Memory depends on `-
 exist at one time; from the number of trained positions on (462 here) there is only one chunk.
 
 - `ours` is what a training run does: Megatron models, `teacher_hidden_states`, the `aten` attention and
-  `distillation_loss`, with the package's default settings and full activation recompute (`student.transformer`), as runs
+  `distillation_loss`, with default settings and full activation recompute (`student.transformer`), as runs
   on long rows have it. Without recompute a step takes about 0.9 of the time and 300 MiB more.
 - `naive` has the quantities of a straightforward implementation. The teacher reads two streams (2T tokens) under a
   dense mask, and so does the student; both make the logits of all T positions of the noisy stream and take a
