@@ -5,7 +5,7 @@ format, a byte-level BPE vocabulary of its own. It learns `response` given `ques
 is scored on held-out tasks with their own verifier. The defaults made the folder `teacher/`; runs with one thread on
 the same software give the same weights.
 
-Example: python examples/quickstart/make_teacher.py --output /tmp/teacher
+Example: python examples/quickstart/make_teacher.py --output teacher
 """
 
 from __future__ import annotations

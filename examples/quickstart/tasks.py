@@ -5,7 +5,7 @@ task belongs to follows from a hash of its expression, so no expression is in tw
 distillation reads only `question`; `response` is what the teacher was taught to write, one running sum a line, and the
 number after the last `=` is the answer.
 
-Example: python examples/quickstart/tasks.py --output /tmp/tasks --num-train 2048 --num-heldout 256 --seed 0
+Example: python examples/quickstart/tasks.py --output tasks --num-train 2048 --num-heldout 256 --seed 0
 
     writes `train.jsonl` and `heldout.jsonl`, with rows such as
     {"question": "State the final answer to the following arithmetic problem: 8 + 7 - 9 =", "ground_truth_answer":
