@@ -37,8 +37,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +45,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from megatron_opdlm.observability.measurement import measure_in_process, peak_mib, ratio, summarise
 
 if TYPE_CHECKING:
     import torch
@@ -133,11 +133,8 @@ def _rules(sizes: Sizes, arguments: argparse.Namespace) -> dict[str, bool]:
 
 
 def _measure_in_process(variant: str) -> dict:
-    """`measure` in a fresh process with this one's flags; this one stays small, since a child inherits its peak."""
-    # A later flag wins, so --variant may be among the ones that are passed on.
-    command = [sys.executable, "-m", "tools.benchmark_train_step", *sys.argv[1:], "--variant", variant, "--once"]
-    finished = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(finished.stdout.splitlines()[-1])
+    """`measure` in a fresh process with this one's flags; of two equal flags the later one wins."""
+    return measure_in_process(Path(__file__), [*sys.argv[1:], "--variant", variant, "--once"])
 
 
 def measure(variant: str, sizes: Sizes, repeats: int) -> dict:
@@ -154,7 +151,7 @@ def measure(variant: str, sizes: Sizes, repeats: int) -> dict:
         loss = compute_loss(states)
         loss.backward()
         seconds.append(time.perf_counter() - start)
-    peak = _peak_mib()
+    peak = peak_mib()
     return {
         "variant": variant,
         "seconds": seconds[1:],
@@ -166,35 +163,14 @@ def measure(variant: str, sizes: Sizes, repeats: int) -> dict:
     }
 
 
-def _peak_mib() -> float:
-    """Largest resident memory of this process so far; Linux counts in KiB."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
 def gradient_norm(model: torch.nn.Module) -> float:
     """Over all parameters; both variants hold the same numbers, in tensors of other shapes."""
     return sum(float(x.grad.double().square().sum()) for x in model.parameters() if x.grad is not None) ** 0.5
 
 
-def summarise(runs: list[dict]) -> dict:
-    """One variant's processes as one: the median and the minimum of all steps, the largest memory."""
-    seconds = [value for run in runs for value in run["seconds"]]
-    memory = {name: round(max(run[name] for run in runs), 1) for name in ("step_mib", "peak_mib")}
-    times = {"seconds": round(statistics.median(seconds), 3), "fastest_seconds": round(min(seconds), 3)}
-    return runs[0] | times | memory
-
-
 def compare(ours: dict, naive: dict) -> dict:
-    """How many times faster ours is, and its share of the naive variant's memory."""
-    return {
-        "ratio": "naive to ours",
-        "speedup": round(naive["seconds"] / ours["seconds"], 2),
-        "speedup_of_fastest": round(naive["fastest_seconds"] / ours["fastest_seconds"], 2),
-        "step_memory_share": round(ours["step_mib"] / naive["step_mib"], 3),
-        "peak_memory_share": round(ours["peak_mib"] / naive["peak_mib"], 3),
-    }
+    """The line with the ratios."""
+    return {"ratio": "naive to ours", **ratio(ours, naive)}
 
 
 # --- what both variants compute ---------------------------------------------------------------------------------------
@@ -265,12 +241,13 @@ def build_ours(sizes: Sizes, folder: Path) -> Variant:
     from megatron_opdlm.distillation.loss import distillation_loss
     from megatron_opdlm.distillation.teacher import teacher_hidden_states
     from megatron_opdlm.distillation.vocabulary_parallel import VocabularyShard
-    from megatron_opdlm.models.attention.backend import build_backend
+    from megatron_opdlm.models.attention.backend import AttentionCase, build_backend
     from megatron_opdlm.models.attention.core_attention import BlockDiffusionCoreAttention, CausalCoreAttention
     from megatron_opdlm.parallel.initialize import initialize
 
     groups = initialize(ParallelConfig(), seed=0)
-    attention = partial(BlockDiffusionCoreAttention, backend=build_backend("aten", "cpu"), block_size=BLOCK_SIZE)
+    backend = build_backend("aten", AttentionCase(device_type="cpu"))
+    attention = partial(BlockDiffusionCoreAttention, backend=backend, block_size=BLOCK_SIZE)
     student = _megatron_model(random_qwen3(sizes, STUDENT_SEED), attention, folder / "student", groups, RECOMPUTE)
     teacher = _megatron_model(random_qwen3(sizes, TEACHER_SEED), CausalCoreAttention, folder / "teacher", groups, {})
     teacher.eval().requires_grad_(False)

@@ -18,13 +18,16 @@ from hypothesis import strategies as st
 
 from megatron_opdlm.diffusion.attention_pattern import block_diffusion_mask
 from megatron_opdlm.models.attention import decomposition, local
-from megatron_opdlm.models.attention.aten import AtenAttention, CpuFlash, CudaFlash
-from megatron_opdlm.models.attention.backend import BACKENDS, build_backend
+from megatron_opdlm.models.attention.aten import AtenAttention, CpuFlash
+from megatron_opdlm.models.attention.backend import AttentionCase, Streams, build_backend
 from megatron_opdlm.models.attention.dense import DenseAttention
 
-SHAPES = [(32, 4), (33, 4), (61, 8), (97, 16), (5, 8), (8, 8), (9, 8), (16, 1), (70, 32)]
+LENGTHS = (5, 33, 64, 257, 1000)
+BLOCK_SIZES = (1, 4, 8, 16, 32)
 TOLERANCES = {torch.float64: (1e-12, 1e-11), torch.float32: (5e-6, 2e-5)}
-DENSE = DenseAttention("cpu")
+CPU = AttentionCase(device_type="cpu")
+BACKENDS = ("dense", "aten")  # those that run forward and backward on a CPU without another package
+DENSE = DenseAttention(CPU)
 
 
 def make_inputs(lengths, sequence_length, num_heads, num_groups, head_dim, dtype=torch.float64):
@@ -34,7 +37,7 @@ def make_inputs(lengths, sequence_length, num_heads, num_groups, head_dim, dtype
     heads = (num_heads, num_groups, num_groups, num_heads, num_groups, num_groups, num_heads, num_heads)
     tensors = [torch.randn(*shape, n, head_dim, generator=generator, dtype=torch.float64).to(dtype) for n in heads]
     is_real = is_real_token(lengths, sequence_length)
-    return tensors[:6], [grad * is_real for grad in tensors[6:]]
+    return Streams(*tensors[:6]), [grad * is_real for grad in tensors[6:]]
 
 
 def is_real_token(lengths, sequence_length):
@@ -43,12 +46,12 @@ def is_real_token(lengths, sequence_length):
 
 def attend(backend, streams, lengths, block_size):
     lengths = torch.tensor(lengths)
-    return backend.attend(*streams, lengths=lengths, block_size=block_size, scale=streams[0].shape[-1] ** -0.5)
+    return backend.attend(streams, lengths=lengths, block_size=block_size, scale=streams[0].shape[-1] ** -0.5)
 
 
 def attend_with_gradients(backend, streams, grads, lengths, block_size):
     """Both outputs, zeroed at padding, and the gradients of the six inputs."""
-    leaves = [x.detach().requires_grad_() for x in streams]
+    leaves = Streams(*(x.detach().requires_grad_() for x in streams))
     outs = attend(backend, leaves, lengths, block_size)
     gradients = torch.autograd.grad(outs, leaves, grads)
     assert all(x.isfinite().all() and x.dtype == streams[0].dtype for x in (*outs, *gradients))
@@ -64,7 +67,7 @@ def errors_against_oracle(backend, lengths, sequence_length, block_size, heads=(
     """Largest absolute error of outputs and of gradients; the oracle gets the same rounded inputs in float64."""
     streams, grads = make_inputs(lengths, sequence_length, *heads, 8, dtype)
     actual = attend_with_gradients(backend, streams, grads, lengths, block_size)
-    exact = ([x.double() for x in tensors] for tensors in (streams, grads))
+    exact = (Streams(*(x.double() for x in streams)), [x.double() for x in grads])
     expected = attend_with_gradients(DENSE, *exact, lengths, block_size)
     return tuple(largest_error(*pair) for pair in zip(actual, expected, strict=True))
 
@@ -87,8 +90,8 @@ def test_backend_attends_exactly_the_pattern(name, sequence_length, block_size):
     query = torch.zeros(2, sequence_length, 1, 2 * sequence_length)
     identity = torch.eye(2 * sequence_length).view(1, 2 * sequence_length, 1, -1).expand(2, -1, -1, -1)
     clean, noisy = identity.chunk(2, dim=1)
-    streams = (query, query, clean, query, query, noisy)
-    outs = attend(build_backend(name, "cpu"), streams, lengths, block_size)
+    streams = Streams(query, query, clean, query, query, noisy)
+    outs = attend(build_backend(name, CPU), streams, lengths, block_size)
     attended = torch.cat(outs, dim=1)[:, :, 0]
     mask = block_diffusion_mask(torch.tensor(lengths), sequence_length, block_size)
     is_real = is_real_token(lengths, sequence_length)[:, :, 0].repeat(1, 2, 1)
@@ -96,11 +99,12 @@ def test_backend_attends_exactly_the_pattern(name, sequence_length, block_size):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (3, 1)])
-@pytest.mark.parametrize(("sequence_length", "block_size"), SHAPES)
+@pytest.mark.parametrize("heads", [(2, 2), (2, 1), (8, 1)])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("sequence_length", LENGTHS)
 def test_aten_matches_dense_float64(sequence_length, block_size, heads, dtype):
-    lengths = [sequence_length, sequence_length - 1, sequence_length // 2 + 1]
-    assert_exact(AtenAttention("cpu"), lengths, sequence_length, block_size, heads=heads, dtype=dtype)
+    lengths = [sequence_length, sequence_length - 1, sequence_length // 2 + 1][: 3 if sequence_length < 1000 else 2]
+    assert_exact(AtenAttention(CPU), lengths, sequence_length, block_size, heads=heads, dtype=dtype)
 
 
 @settings(max_examples=20, deadline=None)
@@ -109,7 +113,7 @@ def test_aten_matches_dense_float64_on_any_shape(data, sequence_length, block_si
     lengths = data.draw(st.lists(st.integers(1, sequence_length), min_size=1, max_size=3))
     num_groups, heads_per_group = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     heads = (num_groups * heads_per_group, num_groups)
-    assert_exact(AtenAttention("cpu"), lengths, sequence_length, block_size, heads=heads)
+    assert_exact(AtenAttention(CPU), lengths, sequence_length, block_size, heads=heads)
 
 
 def masked_sdpa(streams, lengths, block_size):
@@ -123,10 +127,10 @@ def masked_sdpa(streams, lengths, block_size):
 def test_bfloat16_errors_are_those_of_a_single_masked_kernel():
     lengths, length, block_size = [192, 131], 192, 8
     streams, grads = make_inputs(lengths, length, 4, 2, 64, torch.bfloat16)
-    exact = ([x.double() for x in tensors] for tensors in (streams, grads))
+    exact = (Streams(*(x.double() for x in streams)), [x.double() for x in grads])
     expected = attend_with_gradients(DENSE, *exact, lengths, block_size)
-    actual = attend_with_gradients(AtenAttention("cpu"), streams, grads, lengths, block_size)
-    leaves = [x.detach().requires_grad_() for x in streams]
+    actual = attend_with_gradients(AtenAttention(CPU), streams, grads, lengths, block_size)
+    leaves = Streams(*(x.detach().requires_grad_() for x in streams))
     outs = masked_sdpa(leaves, lengths, block_size)
     is_real = is_real_token(lengths, length)
     single = ([out * is_real for out in outs], torch.autograd.grad(outs, leaves, grads))
@@ -144,8 +148,8 @@ def test_bfloat16_errors_are_those_of_a_single_masked_kernel():
 @pytest.mark.parametrize("name", BACKENDS)
 def test_blocks_of_one_are_causal_attention_with_the_token_itself_replaced(name):
     (query, key, value, noisy_query, noisy_key, noisy_value), _ = make_inputs([9], 9, 2, 2, 8)
-    streams = (query, key, value, noisy_query, noisy_key, noisy_value)
-    out_clean, out_noisy = attend(build_backend(name, "cpu"), streams, [9], 1)
+    streams = Streams(query, key, value, noisy_query, noisy_key, noisy_value)
+    out_clean, out_noisy = attend(build_backend(name, CPU), streams, [9], 1)
     causal = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)), is_causal=True)
     torch.testing.assert_close(out_clean, causal.transpose(1, 2), rtol=0, atol=1e-12)
     for i in range(9):
@@ -160,10 +164,10 @@ def test_blocks_of_one_are_causal_attention_with_the_token_itself_replaced(name)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_later_clean_tokens_change_no_bit_of_a_noisy_block(name):
     streams, _ = make_inputs([24], 24, 4, 2, 16, torch.bfloat16)
-    changed = [x.clone() for x in streams]
+    changed = Streams(*(x.clone() for x in streams))
     for x in changed[:3]:
         x[:, 8:] += 1  # from block 2 of 4 on
-    before, after = (attend(build_backend(name, "cpu"), x, [24], 4) for x in (streams, changed))
+    before, after = (attend(build_backend(name, CPU), x, [24], 4) for x in (streams, changed))
     assert torch.equal(before[0][:, :8], after[0][:, :8])
     assert torch.equal(before[1][:, :12], after[1][:, :12])
     assert not torch.equal(before[1][:, 12:16], after[1][:, 12:16])
@@ -172,10 +176,10 @@ def test_later_clean_tokens_change_no_bit_of_a_noisy_block(name):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_noisy_block_changes_no_bit_of_anything_else(name):
     streams, _ = make_inputs([24], 24, 4, 2, 16, torch.bfloat16)
-    changed = [x.clone() for x in streams]
+    changed = Streams(*(x.clone() for x in streams))
     for x in changed[3:]:
         x[:, 8:12] += 1
-    before, after = (attend(build_backend(name, "cpu"), x, [24], 4) for x in (streams, changed))
+    before, after = (attend(build_backend(name, CPU), x, [24], 4) for x in (streams, changed))
     is_changed = (before[1] != after[1]).any(dim=-1).any(dim=-1)[0]
     assert torch.equal(before[0], after[0])
     assert is_changed.nonzero().flatten().tolist() == [8, 9, 10, 11]
@@ -184,8 +188,8 @@ def test_a_noisy_block_changes_no_bit_of_anything_else(name):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_gradients_of_a_noisy_block_reach_only_what_it_attends(name):
     streams, _ = make_inputs([20], 20, 4, 2, 8)
-    leaves = [x.requires_grad_() for x in streams]
-    _, out_noisy = attend(build_backend(name, "cpu"), leaves, [20], 4)
+    leaves = Streams(*(x.requires_grad_() for x in streams))
+    _, out_noisy = attend(build_backend(name, CPU), leaves, [20], 4)
     gradients = torch.autograd.grad(
         out_noisy[:, 8:12].square().sum(), leaves, allow_unused=True, materialize_grads=True
     )
@@ -195,9 +199,9 @@ def test_gradients_of_a_noisy_block_reach_only_what_it_attends(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_padding_changes_neither_outputs_nor_gradients(name):
-    backend = build_backend(name, "cpu")
+    backend = build_backend(name, CPU)
     streams, grads = make_inputs([10], 10, 4, 2, 8)
-    padded = [F.pad(x, (0, 0, 0, 0, 0, 7), value=3.0) for x in streams]
+    padded = Streams(*(F.pad(x, (0, 0, 0, 0, 0, 7), value=3.0) for x in streams))
     padded_grads = [F.pad(x, (0, 0, 0, 0, 0, 7)) for x in grads]
     outs, gradients = attend_with_gradients(backend, streams, grads, [10], 4)
     padded_outs, padded_gradients = attend_with_gradients(backend, padded, padded_grads, [10], 4)
@@ -233,24 +237,24 @@ def shift_queries_wrongly(shift):
 
 
 def let_noisy_see_its_own_clean_block(monkeypatch):
-    original = decomposition.to_windows
-    monkeypatch.setattr(decomposition, "to_windows", lambda clean, noisy, size: original(clean, clean, size))
+    original = local.to_windows
+    monkeypatch.setattr(local, "to_windows", lambda clean, noisy, size: original(clean, clean, size))
 
 
 def let_clean_see_noisy(monkeypatch):
-    original = decomposition.to_windows
+    original = local.to_windows
 
     def mutated(clean, noisy, block_size):
         windows = original(clean, noisy, block_size)
         windows[:, :, :, 0, block_size:] = windows[:, :, :, 1, block_size:]
         return windows
 
-    monkeypatch.setattr(decomposition, "to_windows", mutated)
+    monkeypatch.setattr(local, "to_windows", mutated)
 
 
 def order_heads_by_stream(monkeypatch):
     """(stream, group, head) instead of (group, stream, head), consistently on the way in and out."""
-    original = decomposition.kernel_to_rows
+    original = local.kernel_to_rows
 
     def reordered_rows(stacked, num_groups, block_size):
         clean, noisy = stacked.chunk(2, dim=2)
@@ -258,13 +262,13 @@ def order_heads_by_stream(monkeypatch):
 
     stack = decomposition.stack_heads
     monkeypatch.setattr(decomposition, "stack_heads", lambda clean, noisy, _: torch.cat((clean, noisy), dim=2))
-    monkeypatch.setattr(decomposition, "kernel_to_rows", reordered_rows)
+    monkeypatch.setattr(local, "kernel_to_rows", reordered_rows)
 
 
 def attend_padding(monkeypatch):
-    original = decomposition.hidden_in_window
+    original = local.hidden_in_window
     monkeypatch.setattr(
-        decomposition, "hidden_in_window", lambda lengths, *rest: original(torch.full_like(lengths, 99), *rest)
+        local, "hidden_in_window", lambda lengths, *rest: original(torch.full_like(lengths, 99), *rest)
     )
 
 
@@ -283,10 +287,10 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_rule_fails_the_comparison(mutation, monkeypatch):
     case = {"lengths": [14, 9], "sequence_length": 16, "block_size": 4}
-    assert_exact(AtenAttention("cpu"), **case)
+    assert_exact(AtenAttention(CPU), **case)
     MUTATIONS[mutation](monkeypatch)
     with pytest.raises(AssertionError, match="outputs differ by"):
-        assert_exact(AtenAttention("cpu"), **case)
+        assert_exact(AtenAttention(CPU), **case)
 
 
 class UnmergedKernel(CpuFlash):
@@ -307,7 +311,7 @@ class UnmergedKernel(CpuFlash):
 
 @pytest.mark.parametrize("unmerged", [("out",), ("lse",), ("out", "lse")])
 def test_unmerged_statistics_in_the_backward_leave_the_forward_right_and_the_gradients_wrong(unmerged):
-    backend = AtenAttention("cpu")
+    backend = AtenAttention(CPU)
     backend.kernel = UnmergedKernel(unmerged)
     out_error, grad_error = errors_against_oracle(backend, [14, 9], 16, 4)
     assert out_error <= 1e-12
@@ -319,12 +323,12 @@ def test_unmerged_statistics_in_the_backward_leave_the_forward_right_and_the_gra
 
 def test_unknown_backend_is_refused_with_the_names_there_are():
     with pytest.raises(ValueError, match=r"attention\.backend \(flesh\) must be one of auto, dense, aten"):
-        build_backend("flesh", "cpu")
+        build_backend("flesh", CPU)
 
 
 def test_auto_takes_aten_and_says_so(caplog):
     with caplog.at_level(logging.INFO):
-        assert isinstance(build_backend("auto", "cpu"), AtenAttention)
+        assert isinstance(build_backend("auto", CPU), AtenAttention)
     assert "aten on cpu" in caplog.text
 
 
@@ -332,20 +336,5 @@ def test_only_the_chosen_backend_is_imported(monkeypatch):
     imported = []
     import_module = importlib.import_module
     monkeypatch.setattr(importlib, "import_module", lambda name: imported.append(name) or import_module(name))
-    build_backend("dense", "cpu")
+    build_backend("dense", CPU)
     assert imported == ["megatron_opdlm.models.attention.dense"]
-
-
-def test_cuda_kernel_calls_fit_the_signatures_of_the_operators():
-    query = torch.empty(2, 12, 8, 64, dtype=torch.bfloat16, device="meta")
-    key = torch.empty(2, 12, 2, 64, dtype=torch.bfloat16, device="meta")
-    out, lse = CudaFlash().forward(query, key, key, 0.125)
-    assert (out.shape, lse.shape, lse.dtype) == (query.shape, (2, 8, 12), torch.float32)
-    grads = CudaFlash().backward(out, query, key, key, out, lse, 0.125)
-    assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
-
-
-def test_cuda_kernel_refuses_float32():
-    query = torch.empty(1, 4, 2, 64, device="meta")
-    with pytest.raises(ValueError, match=r"precision\.dtype \(torch\.float32\) must be bfloat16"):
-        CudaFlash().forward(query, query, query, 0.125)

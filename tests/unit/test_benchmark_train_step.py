@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from tools.benchmark_train_step import Sizes, compare, measure, summarise
+from megatron_opdlm.observability.measurement import summarise
+from tools.benchmark_train_step import Sizes, compare, measure
 
 # Blocks of 4: the first response block holds two prompt tokens, and the 10 to 14 trained positions make several chunks.
 TOY = Sizes(prompt_length=6, response_length=18, vocab_size=100, hidden_size=32, num_layers=2, chunk_size=4)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_opdlm.models.attention.backend import AttentionBackend, AttentionCase, Pair, Streams
 from megatron_opdlm.models.attention.decomposition import block_diffusion_attention
 
 
@@ -108,26 +109,19 @@ class CudaFlash:
         )
 
 
-class AtenAttention:
-    """The causal decomposition over the kernel of one device type. See `AttentionBackend.attend`."""
+class AtenAttention(AttentionBackend):
+    """The causal decomposition over the kernel of one device type. Memory grows with `S`, not with its square."""
 
-    def __init__(self, device_type: str) -> None:
-        """`device_type` is "cpu" or "cuda"."""
-        self.kernel = {"cpu": CpuFlash, "cuda": CudaFlash}[device_type]()
+    @classmethod
+    def refusal(cls, case: AttentionCase) -> str | None:
+        """See `AttentionBackend.refusal`."""
+        if case.fp8:
+            return "attention.fp8 (true) needs attention.backend te"
+        return None
 
-    def attend(
-        self,
-        query_clean: torch.Tensor,
-        key_clean: torch.Tensor,
-        value_clean: torch.Tensor,
-        query_noisy: torch.Tensor,
-        key_noisy: torch.Tensor,
-        value_noisy: torch.Tensor,
-        *,
-        lengths: torch.Tensor,
-        block_size: int,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `AttentionBackend.attend`. Memory grows with `S`, not with its square."""
-        streams = (query_clean, key_clean, value_clean, query_noisy, key_noisy, value_noisy)
+    def __init__(self, case: AttentionCase) -> None:
+        self.kernel = {"cpu": CpuFlash, "cuda": CudaFlash}[case.device_type]()
+
+    def attend(self, streams: Streams, *, lengths: torch.Tensor, block_size: int, scale: float) -> Pair:
+        """See `AttentionBackend.attend`."""
         return block_diffusion_attention(streams, lengths, block_size, scale, self.kernel)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_opdlm.models.attention.backend import AttentionBackend
+from megatron_opdlm.models.attention.backend import AttentionBackend, Streams
 
 
 class KeyValueCache(Protocol):
@@ -56,7 +56,7 @@ class BlockDiffusionCoreAttention(CoreAttention):
         **kwargs: object,
     ) -> None:
         super().__init__(config, layer_number, **kwargs)
-        self.backend = backend
+        self.backend = backend.for_layer(config, layer_number)
         self.block_size = block_size
         self.cache: KeyValueCache | None = None
 
@@ -75,10 +75,10 @@ class BlockDiffusionCoreAttention(CoreAttention):
             return attended.flatten(1)[:, None]
         # [S, 2B, heads, D] -> three tensors [B, S, heads, D] for each stream
         clean, noisy = zip(*(x.transpose(0, 1).chunk(2) for x in (query, key, value)), strict=True)
-        streams = self.backend.attend(
-            *clean, *noisy, lengths=attention_mask, block_size=self.block_size, scale=self.scale
+        outs = self.backend.attend(
+            Streams(*clean, *noisy), lengths=attention_mask, block_size=self.block_size, scale=self.scale
         )
-        return torch.cat(streams).flatten(2).transpose(0, 1)
+        return torch.cat(outs).flatten(2).transpose(0, 1)
 
 
 class CausalCoreAttention(CoreAttention):

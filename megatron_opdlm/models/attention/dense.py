@@ -10,32 +10,27 @@ from __future__ import annotations
 import torch
 
 from megatron_opdlm.diffusion.attention_pattern import block_diffusion_mask
+from megatron_opdlm.models.attention.backend import AttentionBackend, AttentionCase, Pair, Streams
 
 
-class DenseAttention:
-    """The oracle of the other backends, on any device. See `AttentionBackend.attend`."""
+class DenseAttention(AttentionBackend):
+    """The oracle of the other backends, on any device and in any precision but FP8."""
 
-    def __init__(self, device_type: str) -> None:
-        self.device_type = device_type
+    @classmethod
+    def refusal(cls, case: AttentionCase) -> str | None:
+        """See `AttentionBackend.refusal`."""
+        if case.fp8:
+            return "attention.fp8 (true) needs attention.backend te"
+        if case.kernel != "auto":
+            return f"attention.kernel ({case.kernel}) must be auto: it has one kernel"
+        return None
 
-    def attend(
-        self,
-        query_clean: torch.Tensor,
-        key_clean: torch.Tensor,
-        value_clean: torch.Tensor,
-        query_noisy: torch.Tensor,
-        key_noisy: torch.Tensor,
-        value_noisy: torch.Tensor,
-        *,
-        lengths: torch.Tensor,
-        block_size: int,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __init__(self, case: AttentionCase) -> None: ...
+
+    def attend(self, streams: Streams, *, lengths: torch.Tensor, block_size: int, scale: float) -> Pair:
         """See `AttentionBackend.attend`. Padded rows attend themselves alone."""
-        mask = block_diffusion_mask(lengths, query_clean.shape[1], block_size)
-        query = torch.cat((query_clean, query_noisy), dim=1)
-        key = torch.cat((key_clean, key_noisy), dim=1)
-        value = torch.cat((value_clean, value_noisy), dim=1)
+        mask = block_diffusion_mask(lengths, streams.query_clean.shape[1], block_size)
+        query, key, value = (torch.cat(pair, dim=1) for pair in zip(streams[:3], streams[3:], strict=True))
         return masked_attention(query, key, value, mask, scale).chunk(2, dim=1)
 
 
