@@ -31,12 +31,14 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_opdlm.observability.measurement import measure_in_process, peak_mib, ratio, summarise
+from megatron_opdlm.observability.throughput import block_causal_pairs
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +106,9 @@ def _rules(sizes: Sizes, arguments: argparse.Namespace) -> dict[str, bool]:
         "all sizes and counts must be at least 1": min(counts) >= 1,
         f"--heads ({sizes.heads}) must be a multiple of --kv-heads ({sizes.kv_heads})": sizes.heads % sizes.kv_heads
         == 0,
+        f"--seq ({arguments.seq}) must be whole blocks of --block-size ({sizes.block_size})": not any(
+            length % sizes.block_size for length in arguments.seq
+        ),
         "--once takes one backend and one length": not arguments.once
         or len(arguments.backends) == len(arguments.seq) == 1,
     }
@@ -113,9 +118,7 @@ def measure_all(arguments: argparse.Namespace) -> list[dict]:
     """Prints and returns the lines of every length and backend."""
     lines = []
     for length in arguments.seq:
-        rounds = [
-            [_measure_in_process(name, length) for name in arguments.backends] for _ in range(arguments.rounds)
-        ]
+        rounds = [[_measure_in_process(name, length) for name in arguments.backends] for _ in range(arguments.rounds)]
         results = [summarise(runs) for runs in zip(*rounds, strict=True)]
         ratios = [
             {"ratio": f"{results[-1]['backend']} to {result['backend']}", "seq": length, **ratio(result, results[-1])}
@@ -192,17 +195,19 @@ def attention_of(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.devi
 
 def transformer_config(sizes: Sizes):
     """Megatron's configuration of one layer with this attention."""
-    import megatron_opdlm.parallel  # noqa: F401  the CPU's seam comes before Megatron
     from megatron.core.transformer import TransformerConfig
 
-    return TransformerConfig(
-        num_layers=1,
-        hidden_size=sizes.heads * sizes.head_dim,
-        num_attention_heads=sizes.heads,
-        num_query_groups=sizes.kv_heads,
-        kv_channels=sizes.head_dim,
-        attention_dropout=0.0,
-    )
+    import megatron_opdlm.parallel  # noqa: F401  the CPU's seam comes before Megatron
+
+    with warnings.catch_warnings(action="ignore"):  # of its own defaults for CUDA graphs
+        return TransformerConfig(
+            num_layers=1,
+            hidden_size=sizes.heads * sizes.head_dim,
+            num_attention_heads=sizes.heads,
+            num_query_groups=sizes.kv_heads,
+            kv_channels=sizes.head_dim,
+            attention_dropout=0.0,
+        )
 
 
 def fp8_context(is_fp8: bool):
@@ -322,13 +327,8 @@ def errors(
 
 def counted_flops(length: int, sizes: Sizes) -> float:
     """Multiplications and additions of forward and backward over the query-key pairs of the pattern."""
-    query_blocks = range(0, length, sizes.block_size)
-    # Both streams see every earlier clean block and their own block, which may be cut short by the end.
-    pairs = 2 * sum(
-        min(sizes.block_size, length - start) * min(start + sizes.block_size, length) for start in query_blocks
-    )
-    forward = 4 * sizes.head_dim * sizes.heads * sizes.batch * pairs
-    return 3.5 * forward
+    pairs = 2 * block_causal_pairs(length, sizes.block_size)  # as many for the noisy stream as for the clean one
+    return 3.5 * 4 * sizes.head_dim * sizes.heads * sizes.batch * pairs
 
 
 def counted_bytes(length: int, sizes: Sizes, bytes_per_number: int = 2) -> float:
@@ -393,8 +393,8 @@ def plot(lines: Sequence[dict], path: Path) -> None:
         axes.set(title=title, xlabel="positions of one stream")
         axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    first = lines[0]
-    figure.suptitle(f"{first['device']}, {first['dtype']}, {first['heads']}/{first['kv_heads']} heads, K={first['block_size']}")
+    title = "{device}, {dtype}, {heads} query and {kv_heads} key-value heads, blocks of {block_size}"
+    figure.suptitle(title.format(**lines[0]))
     figure.savefig(path, dpi=150)
 
 

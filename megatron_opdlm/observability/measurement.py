@@ -1,7 +1,7 @@
 """What the benchmarks share: a measurement in a process of its own, that process's peak memory, rounds as one.
 
-    line = measure_in_process(Path("tools/benchmark_train_step.py"), ["--variant", "ours", "--once"])
-    line["peak_mib"] = peak_mib()
+line = measure_in_process(Path("tools/benchmark_train_step.py"), ["--variant", "ours", "--once"])
+line["peak_mib"] = peak_mib()
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def summarise(runs: Sequence[dict]) -> dict:
     """Several processes of one variant as one: the median and the minimum of all `seconds`, the largest memory."""
     seconds = [value for run in runs for value in run["seconds"]]
     memory = {name: round(max(run[name] for run in runs), 1) for name in ("step_mib", "peak_mib")}
-    return runs[0] | {"seconds": statistics.median(seconds), "fastest_seconds": min(seconds)} | memory
+    times = {"seconds": round(statistics.median(seconds), 6), "fastest_seconds": round(min(seconds), 6)}
+    return runs[0] | times | memory
 
 
 def ratio(ours: dict, reference: dict) -> dict:

@@ -65,7 +65,7 @@ class CausalKernel(Protocol):
 def block_diffusion_attention(
     streams: Streams, lengths: torch.Tensor, block_size: int, scale: float, kernel: CausalKernel
 ) -> Pair:
-    """The clean and the noisy output, [B, S, N, D] each; what the arguments mean stands at `AttentionBackend.attend`."""
+    """The clean and the noisy output, [B, S, N, D] each. See `AttentionBackend.attend` for the arguments."""
     length = streams.query_clean.shape[1]
     streams = whole_blocks(streams, block_size)
     out_clean, out_noisy = _BlockDiffusionAttention.apply(*streams, lengths, block_size, scale, kernel)

@@ -126,6 +126,7 @@ def blocks_and_windows(streams: Streams, block_size: int) -> tuple[torch.Tensor,
     dtype = torch.promote_types(query.dtype, torch.float32)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
+
 def to_blocks(clean: torch.Tensor, noisy: torch.Tensor, num_groups: int, block_size: int) -> torch.Tensor:
     """Both streams [B, S, N, D] cut into blocks: [B, M, G, Z, Q, D]."""
     streams = (x.unflatten(2, (num_groups, -1)).unflatten(1, (-1, block_size)) for x in (clean, noisy))
