@@ -128,7 +128,7 @@ def build_backend(name: str, case: AttentionCase) -> AttentionBackend:
         logger.info("attention.backend auto: %s on %s", name, case.device_type)
     if name not in BACKENDS:
         raise ValueError(f"attention.backend ({name}) must be one of auto, {', '.join(BACKENDS)}")
-    backend = _backend_class(name)
+    backend = backend_class(name)
     if reason := backend.refusal(case):
         raise ValueError(f"attention.backend {name}: {reason}")
     return backend(case)
@@ -137,7 +137,7 @@ def build_backend(name: str, case: AttentionCase) -> AttentionBackend:
 def _choose(case: AttentionCase) -> str:
     if case.fp8:
         return "te"  # never silently in another precision than asked for
-    refusals = {name: _backend_class(name).refusal(case) for name in AUTOMATIC}
+    refusals = {name: backend_class(name).refusal(case) for name in AUTOMATIC}
     for name, reason in refusals.items():
         if reason is None:
             return name
@@ -145,6 +145,7 @@ def _choose(case: AttentionCase) -> str:
     raise ValueError("attention.backend auto: " + "; ".join(f"{name}: {reason}" for name, reason in refusals.items()))
 
 
-def _backend_class(name: str) -> type[AttentionBackend]:
+def backend_class(name: str) -> type[AttentionBackend]:
+    """The class of a key of `BACKENDS`."""
     module_name, class_name = BACKENDS[name].split(":")
     return getattr(importlib.import_module(module_name), class_name)
