@@ -26,12 +26,15 @@ from tests.tiny_qwen3 import make_tiny_qwen3, write_prompts
 from tests.worlds import layout, tiny_config
 
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+SELECTIVE_RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
 CASES = {
     "one row at a time": {"micro_batch_size": 1},
     "all rows at once": {"micro_batch_size": 4},
     "aten": {"micro_batch_size": 2, "backend": "aten"},
     "recompute": {"micro_batch_size": 4, "transformer": FULL_RECOMPUTE},
     "recompute, one row at a time, aten": {"micro_batch_size": 1, "backend": "aten", "transformer": FULL_RECOMPUTE},
+    "selective recompute": {"micro_batch_size": 2, "transformer": SELECTIVE_RECOMPUTE},
+    "selective recompute, aten": {"micro_batch_size": 2, "backend": "aten", "transformer": SELECTIVE_RECOMPUTE},
     "tied": {"micro_batch_size": 2, "tie": True},
     "tied, recompute": {"micro_batch_size": 2, "tie": True, "transformer": FULL_RECOMPUTE},
 }
