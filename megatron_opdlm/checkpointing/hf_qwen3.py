@@ -131,8 +131,9 @@ class GateUp:
 
 Layout = Whole | Columns | QueryKeyValue | GateUp
 
-# Megatron parameter of a layer -> (its key in a distributed checkpoint, layout). The keys are those of Transformer
-# Engine's layers, which fuse a norm into the linear layer behind it; Megatron maps its local layers to the same keys.
+# Parameter of Megatron's local layer -> (its key in a distributed checkpoint, layout). The keys are the names that the
+# parameters have in Transformer Engine's layers, where a norm is fused into the linear layer behind it; Megatron maps
+# those of its local layers to the same keys.
 LAYER: dict[str, tuple[str, Layout]] = {
     "input_layernorm.weight": ("self_attention.linear_qkv.layer_norm_weight", Whole("input_layernorm.weight")),
     "self_attention.linear_qkv.weight": ("self_attention.linear_qkv.weight", QueryKeyValue()),
@@ -143,6 +144,8 @@ LAYER: dict[str, tuple[str, Layout]] = {
     "mlp.linear_fc1.weight": ("mlp.linear_fc1.weight", GateUp()),
     "mlp.linear_fc2.weight": ("mlp.linear_fc2.weight", Columns("mlp.down_proj.weight")),
 }
+PARAMETERS: dict[str, Layout] = {name: row[1] for local, row in LAYER.items() for name in (local, row[0])}
+"""Parameter of a layer of either kind -> its layout."""
 FINAL_NORM = ("decoder.final_layernorm.weight", Whole("model.norm.weight"))
 EMBEDDING = ("embedding.word_embeddings.weight", "model.embed_tokens.weight")
 OUTPUT = ("output_layer.weight", "lm_head.weight")
@@ -217,8 +220,7 @@ def _local_tensor(
     if name == FINAL_NORM[0]:
         return weights.read(FINAL_NORM[1].hf)
     _, _, index, parameter = name.split(".", 3)  # decoder.layers.<index>.<parameter>
-    _, layout = LAYER[parameter]
-    return layout.read(weights, f"model.layers.{index}.", architecture, shard)
+    return PARAMETERS[parameter].read(weights, f"model.layers.{index}.", architecture, shard)
 
 
 def _vocabulary_rows(

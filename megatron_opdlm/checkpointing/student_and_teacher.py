@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opdlm.checkpointing.hf_folder import copy_assets
@@ -25,10 +26,11 @@ from megatron_opdlm.checkpointing.pretrained import Pretrained, open_pretrained
 from megatron_opdlm.config.schema import Config, StudentConfig, TeacherConfig
 from megatron_opdlm.data.special_tokens import SpecialTokens
 from megatron_opdlm.data.tokenizer import add_mask_token, check_same_tokenizer, end_token_ids, load_tokenizer
-from megatron_opdlm.models.attention.backend import build_backend
+from megatron_opdlm.models.attention.backend import AttentionCase, build_backend
 from megatron_opdlm.models.attention.core_attention import BlockDiffusionCoreAttention, CausalCoreAttention
-from megatron_opdlm.models.build import Qwen3Model, build_model
-from megatron_opdlm.models.qwen3 import Qwen3Architecture, read_config_json
+from megatron_opdlm.models.build import Qwen3Model, build_model, choose_layers
+from megatron_opdlm.models.fp8 import check_fp8
+from megatron_opdlm.models.qwen3 import DTYPES, Qwen3Architecture, read_config_json
 from megatron_opdlm.parallel.device import device
 
 if TYPE_CHECKING:
@@ -93,10 +95,15 @@ def padded_vocab_size(config: Config, *architectures: Qwen3Architecture) -> int:
 
 
 def build_student(source: StudentSource, config: Config, groups: ProcessGroupCollection, num_rows: int) -> Qwen3Model:
-    """The student with its weights. All ranks must call it. `num_rows` is `padded_vocab_size`."""
+    """The student with its weights. All ranks must call it. `num_rows` is `padded_vocab_size`.
+
+    ValueError if this machine does not have the attention or the FP8 asked for.
+    """
+    overrides, recipe = config.student.transformer, config.precision.fp8
+    check_fp8("precision.fp8", recipe, source.architecture, config.parallel, transformer_impl=choose_layers(overrides))
     core_attention = functools.partial(
         BlockDiffusionCoreAttention,
-        backend=build_backend(config.attention.backend, device().type),
+        backend=build_backend(config.attention.backend, _attention_case(source.architecture, config)),
         block_size=config.rollout.block_size,
     )
     model = build_model(
@@ -105,24 +112,47 @@ def build_student(source: StudentSource, config: Config, groups: ProcessGroupCol
         parallel=config.parallel,
         dtype=config.precision.dtype,
         padded_vocab_size=num_rows,
-        overrides=config.student.transformer,
+        overrides=overrides,
+        fp8_recipe=recipe,
+        fp8_attention=config.attention.fp8,
     )
     source.pretrained.load_into(model, groups.tp, source.architecture)
     return model
 
 
 def build_teacher(source: Pretrained, config: Config, groups: ProcessGroupCollection, num_rows: int) -> Qwen3Model:
-    """The frozen teacher with its weights. All ranks must call it. `num_rows` is `padded_vocab_size`."""
+    """The frozen teacher with its weights. All ranks must call it. `num_rows` is `padded_vocab_size`.
+
+    ValueError if this machine does not have the FP8 asked for.
+    """
+    overrides, recipe = config.teacher.transformer, config.precision.teacher_fp8
+    check_fp8(
+        "precision.teacher_fp8", recipe, source.architecture, config.parallel, transformer_impl=choose_layers(overrides)
+    )
     model = build_model(
         source.architecture,
         CausalCoreAttention,
         parallel=config.parallel,
         dtype=config.precision.dtype,
         padded_vocab_size=num_rows,
-        overrides=config.teacher.transformer,
+        overrides=overrides,
+        fp8_recipe=recipe,
     )
     source.load_into(model, groups.tp, source.architecture)
     return model.eval().requires_grad_(False)
+
+
+def _attention_case(architecture: Qwen3Architecture, config: Config) -> AttentionCase:
+    device_type = device().type
+    return AttentionCase(
+        device_type=device_type,
+        compute_capability=torch.cuda.get_device_capability() if device_type == "cuda" else None,
+        dtype=DTYPES[config.precision.dtype],
+        head_dim=architecture.head_dim,
+        kernel=config.attention.kernel,
+        fp8=config.attention.fp8,
+        fp8_recipe=config.precision.fp8,
+    )
 
 
 def _source(model: StudentConfig | TeacherConfig, section: str) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from megatron_opdlm.config.schema import (
     EvaluationConfig,
     OptimizerConfig,
     ParallelConfig,
+    PrecisionConfig,
     RolloutConfig,
     TrainingConfig,
 )
@@ -35,6 +36,7 @@ def check_config(config: Config, world_size: int | None) -> None:
     _check_training(config.training)
     _check_intervals(config.checkpoint, config.evaluation)
     _at_least(1, "data", max_prompt_tokens=config.data.max_prompt_tokens)
+    _check_precision(config)
     _check_padding(config)
     if world_size is not None:
         check_layout(config.parallel, world_size)
@@ -180,6 +182,36 @@ def _check_intervals(checkpoint: CheckpointConfig, evaluation: EvaluationConfig)
     _at_least(1, "evaluation", max_tasks=evaluation.max_tasks)
 
 
+def _check_precision(config: Config) -> None:
+    """What FP8 needs of the other settings; what it needs of the machine is in `models.fp8`."""
+    _require(
+        config.precision.teacher_fp8 != "delayed",
+        "precision.teacher_fp8 (delayed) must be off, tensorwise or blockwise: Transformer Engine updates delayed "
+        "scales only after a forward with gradients, and the teacher has none",
+    )
+    _check_fp8("fp8", config.precision, "student", config.student.transformer)
+    _check_fp8("teacher_fp8", config.precision, "teacher", config.teacher.transformer)
+    attention = config.attention
+    if attention.fp8:
+        _require(config.precision.fp8 != "off", "attention.fp8 (true) needs precision.fp8 (off) to name a recipe")
+        _require(
+            attention.backend in ("auto", "te"),
+            f"attention.fp8 (true) needs attention.backend ({attention.backend}) to be te or auto",
+        )
+
+
+def _check_fp8(name: str, precision: PrecisionConfig, model: str, overrides: dict) -> None:
+    recipe = getattr(precision, name)
+    _require(
+        recipe == "off" or precision.dtype == "bfloat16",
+        f"precision.{name} ({recipe}) needs precision.dtype ({precision.dtype}) to be bfloat16",
+    )
+    _require(
+        "fp8_recipe" not in overrides and (recipe != "off" or "fp8" not in overrides),
+        f"{model}.transformer must leave the choice of an FP8 recipe to precision.{name} ({recipe})",
+    )
+
+
 def _check_padding(config: Config) -> None:
     """Rows are whole blocks; under sequence parallelism each rank holds an equal part of the row."""
     padding, block = config.training.pad_to_multiple, config.rollout.block_size
@@ -193,6 +225,26 @@ def _check_padding(config: Config) -> None:
         f"training.pad_to_multiple ({padding}) must be a multiple of parallel.tensor_model_parallel_size ({size}) "
         "under parallel.sequence_parallel",
     )
+    for name, recipe in (("fp8", config.precision.fp8), ("teacher_fp8", config.precision.teacher_fp8)):
+        multiple = _fp8_row_multiple(recipe, config.parallel)
+        _require(
+            padding % multiple == 0,
+            f"training.pad_to_multiple ({padding}) must be a multiple of {multiple} under precision.{name} ({recipe})",
+        )
+
+
+def _fp8_row_multiple(recipe: str, parallel: ParallelConfig) -> int:
+    """What the length of a row must be a multiple of.
+
+    The FP8 matrix product of the weight gradient runs along the tokens and takes multiples of 16 of them
+    (transformer_engine/common/gemm/cublaslt_gemm.cu). Under sequence parallelism each rank quantizes its own part of
+    the row, and Transformer Engine before 2.14 gathers blockwise parts only in whole blocks of 128.
+    """
+    if recipe == "off":
+        return 1
+    if not parallel.sequence_parallel:
+        return 16
+    return (128 if recipe == "blockwise" else 16) * parallel.tensor_model_parallel_size
 
 
 def check_layout(parallel: ParallelConfig, world_size: int) -> None:

@@ -16,8 +16,9 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
 import yaml
@@ -55,7 +56,7 @@ def load_config(
     parser = build_parser(description)
     try:
         namespace = parser.parse_args([*(f"--config={recipe}" for recipe in recipes), *flags])
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         raise ValueError(_one_line(str(error))) from error
     config = Config(**{name: section(**vars(namespace[name])) for name, section in SECTIONS.items()})
     check_config(config, world_size)
@@ -86,11 +87,23 @@ def build_parser(description: str | None = None) -> jsonargparse.ArgumentParser:
 def _add_setting(group: argparse._ArgumentGroup, setting: Setting) -> None:
     group.add_argument(
         f"--{setting.name}",
-        type=setting.type,
+        type=_type_with_off(setting) if "off" in typing.get_args(setting.type) else setting.type,
         default=setting.default,
         metavar=_placeholder(setting),
         help=setting.documentation.replace("%", "%%"),
     )
+
+
+def _type_with_off(setting: Setting) -> Callable[[Any], str]:
+    """Of a setting with the choice `off`, which YAML 1.1 reads as the boolean false unless it is quoted."""
+
+    def parse(value: Any) -> str:
+        value = "off" if value is False else value
+        if value not in typing.get_args(setting.type):
+            raise argparse.ArgumentTypeError(f'Parser key "{setting.name}": Given value: {value}')
+        return value
+
+    return parse
 
 
 def _placeholder(setting: Setting) -> str:

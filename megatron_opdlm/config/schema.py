@@ -12,6 +12,7 @@ from typing import Literal
 
 RemaskingStrategy = Literal["low_confidence_static", "low_confidence_dynamic"]
 CurriculumShape = Literal["linear", "sine", "cosine"]
+Fp8Recipe = Literal["off", "delayed", "tensorwise", "blockwise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +61,27 @@ class PrecisionConfig:
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Parameters and activations. Under bfloat16 the optimizer keeps float32 main parameters and gradients."""
+    fp8: Fp8Recipe = "off"
+    """FP8 products in the student's linear layers while it trains, forward and backward, by Transformer Engine; rollout
+    and evaluation decode in `dtype`. The scales: `delayed` from the maxima of earlier micro-batches (the first one of a
+    run has scales of one), `tensorwise` from each tensor itself, `blockwise` for each block of 128 values."""
+    teacher_fp8: Fp8Recipe = "off"
+    """The same for the teacher's forward, chosen apart from the student's; `tensorwise` or `blockwise`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """The kernel behind the student's block-diffusion attention."""
 
-    backend: Literal["auto", "dense", "aten"] = "auto"
-    """`dense`: a full boolean mask, the slow oracle. `aten`: plain causal flash kernels of PyTorch plus a small
-    in-block part, exact forward and backward. `auto` takes `aten`."""
+    backend: Literal["auto", "dense", "aten", "flash", "te", "flex"] = "auto"
+    """`dense`: a full boolean mask, the slow oracle. `aten`, `flash`, `te`: one plain causal kernel (of PyTorch, of
+    flash-attention, of Transformer Engine) plus a small in-block part, exact forward and backward. `flex`: one call of
+    PyTorch's FlexAttention. `auto` takes one that serves the case and logs which; with `fp8` it takes `te`."""
+    kernel: Literal["auto", "fa2", "fa3", "fa4", "cudnn", "triton"] = "auto"
+    """Which kernel of the backend: `aten` has cudnn, fa2, fa3 and fa4; `flash` fa2 and fa3; `flex` triton and fa4."""
+    fp8: bool = False
+    """The attention products in FP8 too, by `te`, with the recipe of `precision.fp8`. The gradients of attention then
+    carry a relative error of 5 to 15 %."""
 
 
 @dataclass(frozen=True, kw_only=True)

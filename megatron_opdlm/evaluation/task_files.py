@@ -28,7 +28,7 @@ def score_task_files(config: Config) -> dict[str, dict]:
     source = open_student(config.student, config.rollout.stop_token_ids)
     work = {file: _read(file, config, source.tokenizer) for file in config.evaluation.files}
     groups = initialize(config.parallel, config.training.seed)
-    model = build_student(source, config, groups, padded_vocab_size(config, source.architecture))
+    model = build_student(source, _without_fp8(config), groups, padded_vocab_size(config, source.architecture))
     engine = RolloutEngine(model, config.rollout, source.special, config.training.seed)
     results = {}
     for file, (tasks, prompts) in work.items():
@@ -37,6 +37,15 @@ def score_task_files(config: Config) -> dict[str, dict]:
         )
         results[file] = {"scores": scores, "rollout": dataclasses.asdict(config.rollout), "responses": responses}
     return results
+
+
+def _without_fp8(config: Config) -> Config:
+    """FP8 is for training: decoding runs in `precision.dtype`, also on a machine that has no FP8."""
+    return dataclasses.replace(
+        config,
+        precision=dataclasses.replace(config.precision, fp8="off"),
+        attention=dataclasses.replace(config.attention, fp8=False),
+    )
 
 
 def _read(file: str, config: Config, tokenizer) -> tuple[list[dict], list[Prompt]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -21,12 +22,25 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 
 from megatron_opdlm.config.schema import ParallelConfig
-from megatron_opdlm.models.layer_specs import qwen3_block_spec
+from megatron_opdlm.models.fp8 import fp8_settings, is_module_state
+from megatron_opdlm.models.layer_specs import LAYERS, default_layers, has_transformer_engine, qwen3_block_spec
 from megatron_opdlm.models.qwen3 import DTYPES, Qwen3Architecture
 
 
 class Qwen3Model(GPTModel):
-    """A Megatron GPTModel of Qwen3's shape whose forward ends at the final norm."""
+    """A Megatron GPTModel of Qwen3's shape whose forward ends at the final norm.
+
+    Its state in a checkpoint is its weights alone, the same whichever layers it is made of.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(_forgive_missing_module_state)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The weights as Megatron's sharded tensors. All ranks must call it."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if not is_module_state(key)}
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor | None
@@ -67,6 +81,11 @@ class Qwen3Model(GPTModel):
         return hidden_NH @ self.output_weight.t()
 
 
+def _forgive_missing_module_state(_: torch.nn.Module, incompatible: Any) -> None:
+    """Lets a state dict do without what checkpoints leave out."""
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not is_module_state(key)]
+
+
 def build_model(
     architecture: Qwen3Architecture,
     core_attention: Callable,
@@ -75,12 +94,20 @@ def build_model(
     dtype: str,
     padded_vocab_size: int,
     overrides: dict,
+    fp8_recipe: str = "off",
+    fp8_attention: bool = False,
 ) -> Qwen3Model:
     """A model with uninitialised weights on this rank's device. All ranks must call it.
 
-    `padded_vocab_size` is the same for student and teacher, so that their vocabulary shards line up.
+    `padded_vocab_size` is the same for student and teacher, so that their vocabulary shards line up. FP8 must be one
+    that `fp8.check_fp8` lets pass.
     """
-    config = transformer_config(architecture, parallel=parallel, dtype=dtype, overrides=overrides)
+    config = transformer_config(
+        architecture,
+        parallel=parallel,
+        dtype=dtype,
+        overrides=fp8_settings(fp8_recipe, fp8_attention) | overrides,
+    )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Qwen3Model(
         config,
@@ -101,12 +128,23 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of the architecture. ValueError names what does not fit."""
     _check_divisible(architecture, parallel)
-    settings = _architecture_settings(architecture) | _runtime_settings(parallel, DTYPES[dtype])
+    layers = choose_layers(overrides)
+    settings = _architecture_settings(architecture) | _runtime_settings(parallel, DTYPES[dtype], layers)
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     if unknown := sorted(set(overrides) - known):
         raise ValueError(f"transformer.{unknown[0]} is not a field of Megatron's TransformerConfig")
     with warnings.catch_warnings(action="ignore"):  # of its own defaults for CUDA graphs
         return TransformerConfig(**(settings | overrides))
+
+
+def choose_layers(overrides: dict) -> str:
+    """`transformer_impl`: the one in `overrides`, or `default_layers`. ValueError if it cannot be had here."""
+    layers = overrides.get("transformer_impl", default_layers())
+    if layers not in LAYERS or (layers == "transformer_engine" and not has_transformer_engine()):
+        raise ValueError(
+            f"transformer.transformer_impl ({layers}) must be local, or transformer_engine where that is installed"
+        )
+    return layers
 
 
 def _architecture_settings(architecture: Qwen3Architecture) -> dict:
@@ -129,9 +167,10 @@ def _architecture_settings(architecture: Qwen3Architecture) -> dict:
     }
 
 
-def _runtime_settings(parallel: ParallelConfig, dtype: torch.dtype) -> dict:
-    """Fusions that need Transformer Engine or apex stay off; weights are loaded, never initialised."""
+def _runtime_settings(parallel: ParallelConfig, dtype: torch.dtype, layers: str) -> dict:
+    """Fusions that need apex stay off; weights are loaded, never initialised."""
     return {
+        "transformer_impl": layers,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "params_dtype": dtype,
@@ -144,7 +183,8 @@ def _runtime_settings(parallel: ParallelConfig, dtype: torch.dtype) -> dict:
         "embedding_init_method": _leave_uninitialised,
         "gradient_accumulation_fusion": False,
         "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
+        # SwiGLU compiled into one kernel, which keeps its input alone for the backward pass.
+        "bias_activation_fusion": layers == "transformer_engine",
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "apply_rope_fusion": False,

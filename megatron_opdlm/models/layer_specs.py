@@ -1,25 +1,60 @@
-"""Which module stands where in a Qwen3 layer of Megatron: its local layers, our RMSNorm, a core attention of choice."""
+"""Which module stands where in a Qwen3 layer of Megatron, with a core attention of choice.
+
+Two kinds of layers, chosen by `config.transformer_impl`. Megatron's local ones, with our RMSNorm, run anywhere. Those
+of Transformer Engine fuse the norms before attention and MLP into the linear layer behind them, and have FP8. The
+parameters of both hold the same numbers, some under other names (`checkpointing.hf_qwen3` knows them all).
+
+    config = TransformerConfig(transformer_impl=default_layers(), ...)
+    block = qwen3_block_spec(config, CausalCoreAttention)
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_opdlm.models.rms_norm import RMSNorm
+
+
+def has_transformer_engine() -> bool:
+    """Whether Megatron found Transformer Engine when it was imported; never without a GPU (`parallel.cpu`)."""
+    return gpt_layer_specs.HAVE_TE
+
+
+def default_layers() -> str:
+    """Transformer Engine's layers where it is installed, Megatron's local ones otherwise."""
+    return "transformer_engine" if has_transformer_engine() else "local"
 
 
 def qwen3_block_spec(
     config: TransformerConfig, core_attention: Callable, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage. `core_attention` is called with Megatron's keyword arguments."""
-    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    layer, norm = LAYERS[config.transformer_impl]()
+    layer.submodules.self_attention.submodules.core_attention = core_attention
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
+    )
+
+
+def _local_layer() -> tuple[ModuleSpec, type]:
+    layer = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     attention = layer.submodules.self_attention.submodules
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention.q_layernorm = attention.k_layernorm = RMSNorm
-    attention.core_attention = core_attention
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm
-    )
+    return layer, RMSNorm
+
+
+def _transformer_engine_layer() -> tuple[ModuleSpec, type]:
+    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True), gpt_layer_specs.TENorm
+
+
+LAYERS: dict[str, Callable[[], tuple[ModuleSpec, type]]] = {
+    "local": _local_layer,
+    "transformer_engine": _transformer_engine_layer,
+}
+"""`transformer_impl` -> a function that makes the layer and the norm behind the last one."""

@@ -6,6 +6,7 @@ import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from megatron_opdlm.models.build import Qwen3Model
+from megatron_opdlm.models.fp8 import without_fp8
 from megatron_opdlm.rollout.kv_cache import KeyValueCache, QueryTokens
 
 
@@ -20,7 +21,8 @@ def cached_forward(model: Qwen3Model, cache: KeyValueCache, tokens: QueryTokens)
     padding = -num_tokens % shards
     ids, positions = (torch.nn.functional.pad(x, (0, padding)) for x in (tokens.ids_T, tokens.positions_T))
     cache.begin_forward(tokens)
-    hidden = model.whole_sequence(model(ids[None], positions, None))
+    with without_fp8(model):
+        hidden = model.whole_sequence(model(ids[None], positions, None))
     return hidden[:num_tokens, 0]
 
 

@@ -32,6 +32,7 @@ from megatron_opdlm.data.sampler import PromptStream
 from megatron_opdlm.diffusion.states import OnPolicyStates, select_states
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.distillation.divergences import VocabularyShard
+from megatron_opdlm.models.fp8 import load_scaling_state, scaling_state
 from megatron_opdlm.observability.report import write_report
 from megatron_opdlm.observability.timers import PhaseTimers
 from megatron_opdlm.observability.writers import build_writers
@@ -186,6 +187,7 @@ class Trainer:
             "prompt_stream": self.prompt_stream.state_dict(),
             "scheduler": self.student.scheduler.state_dict(),
             "totals": self.metrics.state_dict(),
+            "fp8_scales": scaling_state(self.student.model),
         }
         save_train_state(
             checkpoints.step_folder(self._checkpoint_directory, self.step),
@@ -208,6 +210,7 @@ class Trainer:
         self.prompt_stream.load_state_dict(progress["prompt_stream"])
         self.student.scheduler.load_state_dict(progress["scheduler"])
         self.metrics.load_state_dict(progress["totals"])
+        load_scaling_state(self.student.model, progress["fp8_scales"])
         logger.info("resumed from %s at step %d", folder, self.step)
 
     def _log_plan(self, model, teacher) -> None:

@@ -99,6 +99,7 @@ def assert_says(line: str, root: Path, expected: str) -> None:
     assert re.search(pattern, line), f"{line!r} does not say {expected!r}"
 
 
+FP8_FITS = ["--precision.dtype", "bfloat16", "--training.pad_to_multiple", "16"]
 FLAGS = {
     "misspelt setting": (
         ["--rollout.blok_size", "4"],
@@ -110,6 +111,27 @@ FLAGS = {
     ),
     "value of a wrong type": (["--training.max_steps", "many"], "training.max_steps (many) must be"),
     "unknown backend": (["--attention.backend", "fast"], "attention.backend (fast) must be ... aten"),
+    "kernel of another backend": (
+        ["--attention.backend", "aten", "--attention.kernel", "triton"],
+        "attention.kernel (triton) must be",
+    ),
+    "FP8 without a GPU": (
+        [*FP8_FITS, "--precision.fp8", "delayed"],
+        "precision.fp8 (delayed) needs a GPU",
+    ),
+    "FP8 teacher without a GPU": (
+        [*FP8_FITS, "--precision.teacher_fp8", "blockwise"],
+        "precision.teacher_fp8 (blockwise) needs a GPU",
+    ),
+    "FP8 attention without a GPU": (
+        [*FP8_FITS, "--precision.fp8", "delayed", "--attention.fp8", "true"],
+        "precision.fp8 (delayed) needs a GPU",
+    ),
+    "FP8 attention alone": (["--attention.fp8", "true"], "attention.fp8 (true) needs precision.fp8 (off) to name"),
+    "layers that are not installed": (
+        ["--student.transformer", '{{"transformer_impl": "transformer_engine"}}'],
+        "transformer.transformer_impl (transformer_engine) must be local, or",
+    ),
     "unknown strategy": (["--rollout.remasking_strategy", "random"], "rollout.remasking_strategy (random) must be"),
     "tensor parallelism": (
         ["--parallel.tensor_model_parallel_size", "3"],

@@ -267,9 +267,7 @@ def order_heads_by_stream(monkeypatch):
 
 def attend_padding(monkeypatch):
     original = local.hidden_in_window
-    monkeypatch.setattr(
-        local, "hidden_in_window", lambda lengths, *rest: original(torch.full_like(lengths, 99), *rest)
-    )
+    monkeypatch.setattr(local, "hidden_in_window", lambda lengths, *rest: original(torch.full_like(lengths, 99), *rest))
 
 
 MUTATIONS = {

@@ -17,25 +17,26 @@ from megatron_opdlm.models.attention.dense import DenseAttention
 from megatron_opdlm.models.attention.flash import FlashAttention
 from megatron_opdlm.models.attention.transformer_engine import TransformerEngineAttention
 from tests.fake_transformer_engine import FakeTransformerEngine
+from tests.parity import test_flash_package, test_gradients
 from tests.parity.test_attention import CPU, make_inputs
 from tests.parity.test_attention_transformer_engine import HOPPER, transformer_config
-from tests.parity.test_flash_package import PACKAGES, install  # noqa: F401  a fixture
+from tests.parity.test_flash_package import PACKAGES
 from tests.parity.test_gradients import (
     FULL_RECOMPUTE,
     SELECTIVE_RECOMPUTE,
-    folders,  # noqa: F401  a fixture
     make_trainer,
     megatron_gradients,
     roll_out_states,
 )
 from tests.worlds import layout
 
+folders, install = test_gradients.folders, test_flash_package.install  # fixtures
 BACKENDS = ("dense", "aten", "te", *(name for name in PACKAGES))
 RECOMPUTES = {"none": {}, "selective": SELECTIVE_RECOMPUTE, "full": FULL_RECOMPUTE}
 
 
 @pytest.fixture
-def build(monkeypatch, install):  # noqa: F811
+def build(monkeypatch, install):
     """Builds a backend by its name here, or by that of the package whose fake it runs on."""
 
     def build_one(name):
@@ -61,7 +62,7 @@ def test_a_step_has_the_gradients_of_the_dense_backend_without_recompute(
     monkeypatch,
     folders,
     world_of_one,
-    tmp_path,  # noqa: F811
+    tmp_path,
 ):
     with layout(ParallelConfig()):
         dense = make_trainer(folders, tmp_path / "dense", {"micro_batch_size": 2})

@@ -20,6 +20,7 @@ from megatron_opdlm.config.schema import (
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
+    PrecisionConfig,
     RolloutConfig,
     StudentConfig,
     TrainingConfig,
@@ -67,6 +68,25 @@ def test_exponents_without_a_point_are_numbers(tmp_path):
     config = load_config(["--config", path])
     assert config.optimizer.lr == 0.00002
     assert config.student.transformer == {"layernorm_epsilon": 0.0000001, "moe": "full"}
+
+
+def test_a_bare_off_is_the_choice_of_that_name_in_recipe_flag_and_saved_config(tmp_path):
+    path = recipe(tmp_path, "precision: {fp8: off, teacher_fp8: blockwise}\nlogging: {tensorboard: off}")
+    config = load_config(["--config", path])
+    assert (config.precision.fp8, config.precision.teacher_fp8) == ("off", "blockwise")
+    assert config.logging.tensorboard is False
+    off_again = load_config(["--config", path, "--precision.teacher_fp8", "off"])
+    assert off_again.precision.teacher_fp8 == "off"
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+    assert load_config(["--config", recipe(tmp_path, "precision: {fp8: delayed}", "b.yaml")]).precision.fp8 == "delayed"
+
+
+def test_a_choice_with_off_takes_no_other_word_for_it(tmp_path):
+    rule = "must be one of off, delayed, tensorwise, blockwise"
+    assert message_of(["--precision.fp8", "false"]) == f"precision.fp8 (false) {rule}"
+    path = recipe(tmp_path, "precision: {fp8: on}")
+    assert message_of(["--config", path]) == f"precision.fp8 (True) {rule}"
 
 
 def test_a_saved_config_reads_back_equal(tmp_path):
@@ -152,6 +172,33 @@ def test_a_wrong_value_in_a_recipe_names_setting_value_and_rule(tmp_path):
         ("data.max_prompt_tokens=0", "data.max_prompt_tokens (0) must be at least 1"),
         ("student.hf=a student.checkpoint=b", "student.hf (a) and student.checkpoint (b) exclude each other: give one"),
         ("student.mask_token=", "student.mask_token () must not be empty"),
+        ("precision.teacher_fp8=delayed", "precision.teacher_fp8 (delayed) must be off, tensorwise or blockwise"),
+        (
+            "precision.fp8=delayed precision.dtype=float32",
+            "precision.fp8 (delayed) needs precision.dtype (float32) to be bfloat16",
+        ),
+        (
+            "precision.teacher_fp8=tensorwise precision.dtype=float32",
+            "precision.teacher_fp8 (tensorwise) needs precision.dtype (float32) to be bfloat16",
+        ),
+        (
+            "precision.fp8=tensorwise training.pad_to_multiple=24",
+            "(24) must be a multiple of 16 under precision.fp8 (tensorwise)",
+        ),
+        (
+            "precision.teacher_fp8=blockwise training.pad_to_multiple=24",
+            "(24) must be a multiple of 16 under precision.teacher_fp8 (blockwise)",
+        ),
+        ("attention.fp8=true", "attention.fp8 (true) needs precision.fp8 (off) to name a recipe"),
+        (
+            "attention.fp8=true precision.fp8=delayed attention.backend=aten",
+            "attention.fp8 (true) needs attention.backend (aten) to be te or auto",
+        ),
+        ('student.transformer={"fp8":"hybrid"}', "student.transformer must leave the choice of an FP8 recipe to"),
+        (
+            'teacher.transformer={"fp8_recipe":"delayed"} precision.teacher_fp8=tensorwise',
+            "teacher.transformer must leave the choice of an FP8 recipe to precision.teacher_fp8 (tensorwise)",
+        ),
     ],
 )
 def test_rules_between_settings_are_checked_when_loading(flags, expected):
@@ -163,6 +210,19 @@ def test_rows_split_evenly_over_sequence_parallel_ranks():
     with pytest.raises(ValueError, match=r"pad_to_multiple \(64\) must be a multiple of parallel.tensor_model"):
         check_config(Config(parallel=parallel), None)
     check_config(Config(parallel=parallel, training=TrainingConfig(pad_to_multiple=24)), None)
+
+
+@pytest.mark.parametrize(("recipe_name", "multiple"), [("tensorwise", 32), ("delayed", 32), ("blockwise", 256)])
+def test_each_sequence_parallel_rank_gets_a_part_that_fp8_can_take(recipe_name, multiple):
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    precision = PrecisionConfig(fp8=recipe_name)
+
+    def config(padding: int) -> Config:
+        return Config(parallel=parallel, precision=precision, training=TrainingConfig(pad_to_multiple=padding))
+
+    check_config(config(multiple), None)
+    with pytest.raises(ValueError, match=rf"must be a multiple of {multiple} under precision.fp8 \({recipe_name}\)"):
+        check_config(config(multiple // 2), None)
 
 
 def test_processes_must_divide_into_tensor_and_data_parallel_groups():

@@ -52,8 +52,7 @@ def merge_window(
     lse = streams.query_clean.new_empty(batch_size, 2 * num_heads, length, dtype=torch.float32)
     causal_out, causal_lse = (None, None) if causal is None else (_view(causal[0]), _view(causal[1].transpose(1, 2)))
     clean, noisy = (
-        Stream(*map(_view, three), out=_view(out))
-        for three, out in zip((streams[:3], streams[3:]), outs, strict=True)
+        Stream(*map(_view, three), out=_view(out)) for three, out in zip((streams[:3], streams[3:]), outs, strict=True)
     )
     sizes, options = _tiles(streams, block_size)
     merge_kernel[_query_grid(streams, sizes)](

@@ -383,7 +383,17 @@ def _key_gradient_tile(
 
 @triton.jit
 def key_gradient_kernel(
-    clean, noisy, causal_key, causal_value, lse, row_sums, lengths, num_positions, num_groups, scale, sizes: tl.constexpr
+    clean,
+    noisy,
+    causal_key,
+    causal_value,
+    lse,
+    row_sums,
+    lengths,
+    num_positions,
+    num_groups,
+    scale,
+    sizes: tl.constexpr,
 ):
     """Gradients of both streams' keys and values, those of the clean ones on top of the causal kernel's."""
     shared = (lse, row_sums, lengths, num_positions, num_groups, scale)
