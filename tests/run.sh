@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source requirements/make_environment.sh
+python -c "import triton" 2>/dev/null || python -m pip install --quiet --requirement requirements/tests.txt
 
 python -m ruff check .
 python -m ruff format --check .

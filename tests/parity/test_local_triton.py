@@ -29,21 +29,20 @@ from megatron_opdlm.models.attention.dense import DenseAttention
 # name: positions, block size, query heads, key-value heads, head dimension, real tokens of each sequence, precision
 CASES = {
     "one short block and a half": (5, 4, 2, 1, 16, [5, 3], "float32"),
-    "a single block": (8, 16, 2, 2, 16, [8], "float32"),
+    "a single block, and a sequence that is all padding": (8, 16, 2, 2, 16, [8, 0], "float32"),
     "blocks of one": (33, 1, 2, 1, 16, [33, 20], "float32"),
     "blocks of five, three heads a group": (33, 5, 3, 1, 24, [33, 17], "float32"),
-    "eight heads a group": (64, 8, 8, 1, 16, [64, 1], "float32"),
-    "wide blocks, no groups": (70, 32, 2, 2, 40, [70, 64], "float32"),
-    "several tiles": (257, 4, 2, 1, 16, [257], "float32"),
+    "eight heads a group": (40, 8, 8, 1, 16, [40, 1], "float32"),
+    "wide blocks, one head": (70, 32, 1, 1, 40, [70, 64], "float32"),
+    "several tiles": (257, 4, 1, 1, 16, [257], "float32"),
     # The interpreter multiplies bfloat16 numbers as integers; float16 takes the same path through the kernels.
-    "half precision": (64, 16, 4, 2, 64, [64, 41], "float16"),
+    "half precision": (64, 16, 4, 2, 64, [41], "float16"),
 }
 TOLERANCES = {"float32": (2e-6, 2e-6, 6e-6), "float16": (2e-3, 2e-6, 6e-3)}  # of outputs, log-sum-exps, gradients
 # name: compute capability, block size, query heads, key-value heads, head dimension, precision
 BUILDS = {
-    "Hopper, bfloat16, blocks of 4": (90, 4, 32, 8, 128, "bfloat16"),
-    "Hopper, bfloat16, blocks of 32": (90, 32, 32, 8, 128, "bfloat16"),
-    "Ampere, float16, rows of 192, three heads a group": (80, 5, 3, 1, 192, "float16"),
+    "Hopper, bfloat16, blocks of 4, four heads a group": (90, 4, 32, 8, 128, "bfloat16"),
+    "Ampere, float16, blocks of 32, three heads a group": (80, 32, 3, 1, 80, "float16"),
 }
 SHARED_MEMORY_OF_AMPERE = 163 * 1024
 

@@ -12,7 +12,7 @@ between but the row sums `sum(grad_out * out)`, one number per query.
 
 Inputs in bfloat16, float16 or float32; head dimensions up to 256. bfloat16 and float16 products run on tensor cores and
 are summed in float32. Kernels are compiled at the first call for a block size, a head count, a head dimension and a
-precision; the number of positions and the batch are free.
+precision; batches and numbers of positions share them (one variant each for multiples of 16 and others).
 
 Example: on a GPU, `causal` being a flash-attention kernel's result for the shifted queries.
 
@@ -30,13 +30,11 @@ import triton
 
 from megatron_opdlm.models.attention.backend import Pair, Streams
 from megatron_opdlm.models.attention.local_triton_kernels import (
-    Sizes,
-    Stream,
-    View,
     key_gradient_kernel,
     merge_kernel,
     query_gradient_kernel,
 )
+from megatron_opdlm.models.attention.local_triton_tiles import Sizes, Stream, View
 
 
 def merge_window(
@@ -56,7 +54,7 @@ def merge_window(
     )
     sizes, options = _tiles(streams, block_size)
     merge_kernel[_query_grid(streams, sizes)](
-        clean, noisy, causal_out, causal_lse, _view(lse.transpose(1, 2)), lengths,
+        clean, noisy, causal_out, causal_lse, _view(lse.transpose(1, 2)), lengths.contiguous(),
         length, streams.key_clean.shape[2], scale, sizes, **options,
     )  # fmt: skip
     return outs, lse
@@ -82,15 +80,15 @@ def window_gradients(
         for part, out, grad in zip((slice(0, 3), slice(3, 6)), outs, grads, strict=True)
     )
     row_sums = torch.empty_like(lse)
-    lse_view, row_sum_view = _view(lse.transpose(1, 2)), _view(row_sums.transpose(1, 2))
+    numbers = (_view(lse.transpose(1, 2)), _view(row_sums.transpose(1, 2)), lengths.contiguous())
     query_rows, *key_value_rows = (None, None, None) if causal_grads is None else map(_view, causal_grads)
     shape = (streams.query_clean.shape[1], streams.key_clean.shape[2])
     sizes, options = _tiles(streams, block_size)
     query_gradient_kernel[_query_grid(streams, sizes)](
-        clean, noisy, query_rows, lse_view, row_sum_view, lengths, *shape, scale, sizes, **options
+        clean, noisy, query_rows, *numbers, *shape, scale, sizes, **options
     )
     key_gradient_kernel[_key_grid(streams, sizes)](
-        clean, noisy, *key_value_rows, lse_view, row_sum_view, lengths, *shape, scale, sizes, **options
+        clean, noisy, *key_value_rows, *numbers, *shape, scale, sizes, **options
     )
     return gradients
 
@@ -103,23 +101,23 @@ def _view(x: torch.Tensor) -> View:
 
 
 def _tiles(streams: Streams, block_size: int) -> tuple[Sizes, dict[str, int]]:
-    """Tile sizes and launch options.
+    """Tile sizes and launch options. They are derived from compiled code (no register spills), not from timings.
 
-    The kernels wait for memory, not for arithmetic: small tiles keep several programs on each multiprocessor, and loops
-    are too short for software pipelining to gain anything. Wider rows get smaller tiles, so that they stay in registers
-    and in 160 KiB of shared memory.
+    The kernels wait for memory more than for arithmetic, and loops over keys are short. So a program issues all its
+    loads at once, and the programs of a multiprocessor take turns; software pipelining has nothing to gain.
     """
     num_heads, head_dim = streams.query_clean.shape[2:]
-    row_bytes = triton.next_power_of_2(head_dim) * streams.query_clean.element_size()
+    element_size = streams.query_clean.element_size()
+    padded_dim = max(16, triton.next_power_of_2(head_dim))
     sizes = Sizes(
         K=block_size,
         H=num_heads // streams.key_clean.shape[2],
         D=head_dim,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        ROWS=64 if row_bytes <= 512 else 32,
-        KEYS=32,
+        BLOCK_D=padded_dim,
+        ROWS=128 // element_size,
+        KEYS=64 // element_size,
     )
-    return sizes, {"num_warps": 4, "num_stages": 1}
+    return sizes, {"num_warps": 4 if padded_dim <= 128 else 8, "num_stages": 1}
 
 
 def _query_grid(streams: Streams, sizes: Sizes) -> tuple[int, int]:
