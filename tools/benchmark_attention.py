@@ -15,11 +15,11 @@ and, with `--output`, keeps them in `attention.jsonl` beside a plot, `attention.
 - `causal`: plain causal attention with twice the query heads, which is what the decomposition asks of its kernel;
   what a backend takes longer is the in-block part. It computes something else, so it has no error.
 
-`tflops` counts the multiplications and additions of the query-key pairs that the pattern has, the backward as two and a
-half forwards, so that every backend is held against the same work. `floor_ms` is what a GPU named in `PEAKS` would need
-for them at its peak, or for moving inputs, outputs and gradients once if that is longer. `step_mib` is the memory that
-forward and backward add to the inputs. Errors are relative root mean squares against the dense pattern in float64 on
-the same inputs, the largest over outputs and over gradients, up to `--check-up-to` positions.
+`tflops` counts the multiplications and additions of the pattern's query-key pairs, the backward as two and a half
+forwards, so that all backends are held against the same work. `floor_ms` is what a known GPU needs for them at its
+peak, or for moving inputs, outputs and gradients once if that is longer. `step_mib` is the memory that forward and
+backward add to the inputs. Errors are relative root mean squares against the dense pattern in float64 on the same
+inputs, the largest over outputs and over gradients, up to `--check-up-to` positions.
 
 Every measurement has a process of its own; backends take turns. On a GPU times are of CUDA events.
 """
@@ -27,6 +27,7 @@ Every measurement has a process of its own; backends take turns. On a GPU times 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -37,8 +38,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_opdlm.observability.measurement import measure_in_process, peak_mib, ratio, summarise
-from megatron_opdlm.observability.throughput import block_causal_pairs
+from megatron_opdlm.observability.measurement import measure_in_process, peak_mib, plot_results, ratio, summarise
+from megatron_opdlm.observability.throughput import block_causal_pairs, roofline_seconds
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     from megatron_opdlm.models.attention.backend import Pair, Streams
 
 REFERENCES = ("sdpa", "causal")
-PEAKS = {"H100 80GB HBM3": (989e12, 3.35e12), "H100 PCIe": (756e12, 2.0e12), "H200": (989e12, 4.8e12)}
-"""Part of a GPU's name -> dense bfloat16 FLOP/s and bytes/s, from NVIDIA's data sheets."""
 WARM_UPS = 3
 """Calls before the timed ones: compilation, and two rounds of history for FP8's delayed scales."""
 
@@ -149,7 +148,7 @@ def measure(name: str, length: int, sizes: Sizes, arguments: argparse.Namespace)
     attend = attention_of(name, sizes, dtype, device)
     streams, grads = make_inputs(length, sizes, dtype, device)
     before = _memory_mib(device)
-    timings = [time_call(attend, streams, grads) for _ in range(WARM_UPS + arguments.repeats)][WARM_UPS:]
+    timings = time_calls(attend, streams, grads, WARM_UPS + arguments.repeats)[WARM_UPS:]
     peak = _peak_mib(device)
     forward, backward = (sorted(times)[len(times) // 2] for times in zip(*timings, strict=True))
     line = {
@@ -185,8 +184,13 @@ def attention_of(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.devi
     )
     layer = build_backend(name, case).for_layer(transformer_config(sizes), layer_number=1)
 
+    @functools.cache
+    def whole_lengths(length: int) -> torch.Tensor:
+        # One tensor for all calls, as the layers of a micro-batch have: backends may know their masks by it.
+        return torch.full((sizes.batch,), length, device=device)
+
     def attend(streams: Streams) -> Pair:
-        lengths = torch.full((sizes.batch,), streams.query_clean.shape[1], device=device)
+        lengths = whole_lengths(streams.query_clean.shape[1])
         with fp8_context(is_fp8):
             return layer.attend(streams, lengths=lengths, block_size=sizes.block_size, scale=sizes.head_dim**-0.5)
 
@@ -196,8 +200,6 @@ def attention_of(name: str, sizes: Sizes, dtype: torch.dtype, device: torch.devi
 def transformer_config(sizes: Sizes):
     """Megatron's configuration of one layer with this attention."""
     from megatron.core.transformer import TransformerConfig
-
-    import megatron_opdlm.parallel  # noqa: F401  the CPU's seam comes before Megatron
 
     with warnings.catch_warnings(action="ignore"):  # of its own defaults for CUDA graphs
         return TransformerConfig(
@@ -237,9 +239,9 @@ def masked_sdpa(sizes: Sizes) -> Callable[[Streams], Pair]:
             masks[length] = block_diffusion_mask(lengths, length, sizes.block_size)[:, None]
         pairs = zip(streams[:3], streams[3:], strict=True)
         query, key, value = (torch.cat(pair, dim=1).transpose(1, 2) for pair in pairs)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=masks[length], enable_gqa=sizes.heads != sizes.kv_heads
-        )
+        # Repeated for each query head: under a mask, grouped heads would take PyTorch to its slowest kernel on a GPU.
+        key, value = (x.repeat_interleave(sizes.heads // sizes.kv_heads, dim=1) for x in (key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=masks[length])
         return out.transpose(1, 2).chunk(2, dim=1)
 
     return attend
@@ -274,25 +276,39 @@ def make_inputs(
     return Streams(*(x.requires_grad_() for x in tensors[:6])), tensors[6:]
 
 
-def time_call(attend: Callable[[Streams], Pair], streams: Streams, grads: Sequence[torch.Tensor]) -> list[float]:
-    """Seconds of one forward and of its backward."""
+def time_calls(
+    attend: Callable[[Streams], Pair], streams: Streams, grads: Sequence[torch.Tensor], count: int
+) -> list[tuple[float, float]]:
+    """Seconds of each forward and of its backward. A GPU gets all calls in a row, so that it never waits for Python."""
     import torch
 
-    if streams.query_clean.device.type == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        mark = lambda index: marks[index].record()  # noqa: E731
-    else:
-        marks = [0.0] * 3
-        mark = lambda index: marks.__setitem__(index, time.perf_counter())  # noqa: E731
-    mark(0)
-    outs = attend(streams)
-    mark(1)
-    torch.autograd.grad(outs, streams, grads, allow_unused=True)
-    mark(2)
-    if streams.query_clean.device.type == "cuda":
-        torch.cuda.synchronize()
-        return [marks[i].elapsed_time(marks[i + 1]) / 1e3 for i in range(2)]
-    return [marks[i + 1] - marks[i] for i in range(2)]
+    on_gpu = streams.query_clean.device.type == "cuda"
+
+    def mark():
+        if not on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    calls = []
+    for _ in range(count):
+        start = mark()
+        outs = attend(streams)
+        middle = mark()
+        torch.autograd.grad(outs, streams, grads, allow_unused=True)
+        calls.append((start, middle, mark()))
+        update_backward_scales()
+    if not on_gpu:
+        return [(middle - start, end - middle) for start, middle, end in calls]
+    torch.cuda.synchronize()
+    return [(start.elapsed_time(middle) / 1e3, middle.elapsed_time(end) / 1e3) for start, middle, end in calls]
+
+
+def update_backward_scales() -> None:
+    """What Transformer Engine's linear layers do behind a backward: without it FP8 gradients keep scales of one."""
+    if module := sys.modules.get("transformer_engine.pytorch.quantization"):
+        module.FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
 
 
 def errors(
@@ -339,12 +355,9 @@ def counted_bytes(length: int, sizes: Sizes, bytes_per_number: int = 2) -> float
 
 
 def floor_ms(length: int, sizes: Sizes, device: torch.device) -> float | None:
-    """The longer of the two at the GPU's peaks; None where these are not known."""
-    for part, (flops, bandwidth) in PEAKS.items():
-        if part in device_name(device):
-            seconds = max(counted_flops(length, sizes) / flops, counted_bytes(length, sizes) / bandwidth)
-            return round(seconds * 1e3, 4)
-    return None
+    """The longer of work and traffic at the GPU's peaks; None where these are not known."""
+    seconds = roofline_seconds(device_name(device), counted_flops(length, sizes), counted_bytes(length, sizes))
+    return None if seconds is None else round(seconds * 1e3, 4)
 
 
 def device_name(device: torch.device) -> str:
@@ -377,25 +390,10 @@ def write(lines: Sequence[dict], folder: Path) -> None:
     """`attention.jsonl` and `attention.png` in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "attention.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    plot([line for line in lines if "backend" in line], folder / "attention.png")
-
-
-def plot(lines: Sequence[dict], path: Path) -> None:
-    """Milliseconds and memory over the length, both axes logarithmic, one curve for each backend."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
     panels = {"forward and backward, ms": lambda x: x["seconds"] * 1e3, "added memory, MiB": lambda x: x["step_mib"]}
-    for axes, (title, value) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for name in dict.fromkeys(line["backend"] for line in lines):
-            own = [line for line in lines if line["backend"] == name]
-            axes.loglog([line["seq"] for line in own], [value(line) for line in own], marker="o", label=name, base=2)
-        axes.set(title=title, xlabel="positions of one stream")
-        axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    title = "{device}, {dtype}, {heads} query and {kv_heads} key-value heads, blocks of {block_size}"
-    figure.suptitle(title.format(**lines[0]))
-    figure.savefig(path, dpi=150)
+    title = "{device}, {dtype}, {heads} query and {kv_heads} key-value heads, blocks of {block_size}".format(**lines[0])
+    results = [line for line in lines if "backend" in line]
+    plot_results(results, folder / "attention.png", panels, title, x="seq", curve="backend")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,11 @@ def _check_precision(config: Config) -> None:
     _check_fp8("teacher_fp8", config.precision, "teacher", config.teacher.transformer)
     attention = config.attention
     if attention.fp8:
-        _require(config.precision.fp8 != "off", "attention.fp8 (true) needs precision.fp8 (off) to name a recipe")
+        recipe = config.precision.fp8
+        _require(
+            recipe in ("delayed", "tensorwise"),
+            f"attention.fp8 (true) needs precision.fp8 ({recipe}) to be delayed or tensorwise: it shares the recipe",
+        )
         _require(
             attention.backend in ("auto", "te"),
             f"attention.fp8 (true) needs attention.backend ({attention.backend}) to be te or auto",
@@ -210,6 +214,11 @@ def _check_fp8(name: str, precision: PrecisionConfig, model: str, overrides: dic
         "fp8_recipe" not in overrides and (recipe != "off" or "fp8" not in overrides),
         f"{model}.transformer must leave the choice of an FP8 recipe to precision.{name} ({recipe})",
     )
+    for field in ("fp8_dot_product_attention", "fp8_multi_head_attention", "fp8_param"):
+        _require(
+            field not in overrides,
+            f"{model}.transformer.{field} must not be set: attention.fp8 chooses, and weights stay in precision.dtype",
+        )
 
 
 def _check_padding(config: Config) -> None:

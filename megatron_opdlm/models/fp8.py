@@ -164,11 +164,11 @@ def is_module_state(key: str) -> bool:
 
 
 def scaling_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What delayed scaling remembers, so that a resumed run goes on as it would have; {} for anything else.
+    """What delayed scaling of the linear layers remembers, for a resumed run; {} for anything else.
 
     Keys are `<layer>.scaling_fwd.scale [T]`, `<layer>.scaling_fwd.amax_history [length, T]` for the T tensors of a
     linear layer, and the same of `scaling_bwd`; on the CPU. All ranks of a data- and tensor-parallel group hold the
-    same, because Megatron reduces the maxima over them. The scales of FP8 attention are not kept.
+    same, because Megatron reduces the maxima over them. FP8 attention starts with scales of one again.
     """
     return {
         f"{name}.{direction}.{field}": getattr(layer.fp8_meta[direction], field).detach().cpu().clone()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a measurement in a process of its own, that process's peak memory, rounds as one.
+"""What the benchmarks share: a measurement in a process of its own, its peak memory, rounds as one, a plot.
 
 line = measure_in_process(Path("tools/benchmark_train_step.py"), ["--variant", "ours", "--once"])
 line["peak_mib"] = peak_mib()
@@ -11,7 +11,7 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -47,3 +47,21 @@ def ratio(ours: dict, reference: dict) -> dict:
         "step_memory_share": round(ours["step_mib"] / reference["step_mib"], 3),
         "peak_memory_share": round(ours["peak_mib"] / reference["peak_mib"], 3),
     }
+
+
+def plot_results(
+    lines: Sequence[dict], path: Path, panels: Mapping[str, Callable[[dict], float]], title: str, *, x: str, curve: str
+) -> None:
+    """Draws each panel's value over `x`, both axes logarithmic, one curve for each value of `curve`; a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
+    for axes, (name, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for label in dict.fromkeys(line[curve] for line in lines):
+            own = [line for line in lines if line[curve] == label]
+            axes.loglog([line[x] for line in own], [value(line) for line in own], marker="o", label=label, base=2)
+        axes.set(title=name, xlabel=x)
+        axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)

@@ -15,6 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+GPU_PEAKS = {"H100 80GB HBM3": (989e12, 3.35e12), "H100 PCIe": (756e12, 2.0e12), "H200": (989e12, 4.8e12)}
+"""Part of a GPU's name -> dense bfloat16 FLOP/s and bytes/s, from NVIDIA's data sheets."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -110,3 +113,11 @@ def rollout_flops(
         tokens += num_steps * block_size
         pairs += num_steps * block_size * (prefilled + (index + 1) * block_size)
     return linear_flops(shape, tokens) + attention_flops(shape, pairs) + head_flops(shape, num_predictions)
+
+
+def roofline_seconds(device_name: str, flops: float, num_bytes: float) -> float | None:
+    """The least time a GPU needs for the work and for moving the bytes, whichever is longer; None for unknown GPUs."""
+    for part, (flop_rate, byte_rate) in GPU_PEAKS.items():
+        if part in device_name:
+            return max(flops / flop_rate, num_bytes / byte_rate)
+    return None

@@ -87,16 +87,19 @@ class KeyValueCache:
         values = self._store(layer_number, self._values, value_TGD[:num_tokens])
         padded = query_TND.new_zeros(self._num_slots, self._width, *query_TND.shape[1:])
         padded[slots_T, offsets_T] = query_TND[:num_tokens]
+        # The heads that share keys become further queries: with a mask, kernels for grouped heads are few and slow.
+        grouped = padded.unflatten(2, (key_TGD.shape[1], -1)).permute(0, 2, 3, 1, 4)
+        heads_per_group = grouped.shape[2]
         attended = F.scaled_dot_product_attention(
-            padded.transpose(1, 2),
+            grouped.flatten(2, 3),
             keys.transpose(1, 2),
             values.transpose(1, 2),
-            attn_mask=self._mask,
+            attn_mask=self._mask.repeat(1, 1, heads_per_group, 1),
             scale=scale,
-            enable_gqa=query_TND.shape[1] != key_TGD.shape[1],
         )
+        by_query = attended.unflatten(2, (heads_per_group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
         out = torch.zeros_like(query_TND)
-        out[:num_tokens] = attended.transpose(1, 2)[slots_T, offsets_T]
+        out[:num_tokens] = by_query[slots_T, offsets_T]
         return out
 
     def _store(self, layer_number: int, memory: dict[int, torch.Tensor], fresh_TGD: torch.Tensor) -> torch.Tensor:

@@ -183,6 +183,7 @@ def test_wrong_statistics_in_the_backward_of_cudnn_are_seen(monkeypatch):
         ({}, "cudnn"),
         ({"compute_capability": (10, 0)}, "cudnn"),
         ({"compute_capability": (8, 0)}, "fa2"),
+        ({"compute_capability": (12, 0)}, "fa2"),
         ({"head_dim": 256}, "fa2"),
         ({"compute_capability": (8, 6), "kernel": "cudnn"}, "cudnn"),
         ({"kernel": "fa2"}, "fa2"),
@@ -191,6 +192,22 @@ def test_wrong_statistics_in_the_backward_of_cudnn_are_seen(monkeypatch):
 def test_auto_takes_cudnn_where_it_is_fast_and_able(changes, kernel):
     assert aten_cuda.refusal(case(**changes)) is None
     assert aten_cuda.choose_kernel(case(**changes)) == kernel
+
+
+@pytest.mark.parametrize(("version", "kernel"), [(None, "cudnn"), (91500, "fa2"), (91501, "cudnn")])
+def test_a_cudnn_that_errs_at_odd_lengths_is_neither_chosen_nor_allowed(version, kernel, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    assert aten_cuda.choose_kernel(case()) == kernel
+    reason = aten_cuda.refusal(case(kernel="cudnn"))
+    assert reason == (
+        None if kernel == "cudnn" else "cuDNN (91500) must be newer than 9.15.0 (91500) for attention.kernel cudnn"
+    )
+
+
+def test_cudnn_is_not_taken_where_deterministic_algorithms_are_asked_for(monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert aten_cuda.choose_kernel(case()) == "fa2"
+    assert "not deterministic" in aten_cuda.refusal(case(kernel="cudnn"))
 
 
 def test_the_backend_for_an_h100_is_built_without_one():

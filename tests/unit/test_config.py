@@ -189,12 +189,20 @@ def test_a_wrong_value_in_a_recipe_names_setting_value_and_rule(tmp_path):
             "precision.teacher_fp8=blockwise training.pad_to_multiple=24",
             "(24) must be a multiple of 16 under precision.teacher_fp8 (blockwise)",
         ),
-        ("attention.fp8=true", "attention.fp8 (true) needs precision.fp8 (off) to name a recipe"),
+        ("attention.fp8=true", "attention.fp8 (true) needs precision.fp8 (off) to be delayed or tensorwise"),
         (
             "attention.fp8=true precision.fp8=delayed attention.backend=aten",
             "attention.fp8 (true) needs attention.backend (aten) to be te or auto",
         ),
         ('student.transformer={"fp8":"hybrid"}', "student.transformer must leave the choice of an FP8 recipe to"),
+        (
+            'student.transformer={"fp8_dot_product_attention":true} precision.fp8=delayed',
+            "student.transformer.fp8_dot_product_attention must not be set: attention.fp8 chooses",
+        ),
+        (
+            "precision.fp8=blockwise attention.fp8=true",
+            "attention.fp8 (true) needs precision.fp8 (blockwise) to be delayed",
+        ),
         (
             'teacher.transformer={"fp8_recipe":"delayed"} precision.teacher_fp8=tensorwise',
             "teacher.transformer must leave the choice of an FP8 recipe to precision.teacher_fp8 (tensorwise)",

@@ -5,7 +5,7 @@ and keys are equally many, so a causal mask aligned to the top left (cuDNN) and 
 (FlashAttention) are the same mask. Without dropout no kernel reads the random state that a backward operator asks for.
 Not yet run on a GPU.
 
-`auto` takes cuDNN from compute capability 9.0 on, where it is the fastest of those that PyTorch brings along, and
+`auto` takes cuDNN where PyTorch's own attention prefers it (compute capability 9.x and 10.x, cuDNN above 9.15.0), and
 FlashAttention-2 otherwise. cuDNN builds a plan for each shape it meets, so lengths padded to a coarse
 `training.pad_to_multiple` serve it well.
 
@@ -67,6 +67,13 @@ def _generation_refusal(case: AttentionCase) -> str | None:
 
 
 def _cudnn_refusal(case: AttentionCase) -> str | None:
+    # PyTorch prefers it from there on only: older ones err at lengths that are no multiple of 128 (`sdp_utils.cpp`,
+    # https://github.com/pytorch/pytorch/issues/169849).
+    version = torch.backends.cudnn.version()
+    if version is not None and version <= 91500:
+        return f"cuDNN ({version}) must be newer than 9.15.0 (91500) for attention.kernel cudnn"
+    if torch.are_deterministic_algorithms_enabled():
+        return "attention.kernel cudnn is not deterministic, as torch.use_deterministic_algorithms asks"
     # Larger heads need cuDNN above 9.22 with exactly 256, in PyTorch versions that allow them (`sdp_utils.cpp`).
     if case.head_dim > 128:
         return f"head_dim ({case.head_dim}) must be at most 128 for attention.kernel cudnn"
@@ -79,7 +86,8 @@ def choose_kernel(case: AttentionCase) -> str:
     """The name of the kernel for a case: the one asked for, or the one that `auto` takes."""
     if case.kernel != "auto":
         return case.kernel
-    return "cudnn" if case.compute_capability >= (9, 0) and _cudnn_refusal(case) is None else "fa2"
+    is_preferred = case.compute_capability[0] in (9, 10)
+    return "cudnn" if is_preferred and _cudnn_refusal(case) is None else "fa2"
 
 
 def build_kernel(case: AttentionCase) -> CausalKernel:

@@ -78,7 +78,8 @@ class BlockDiffusionCoreAttention(CoreAttention):
         outs = self.backend.attend(
             Streams(*clean, *noisy), lengths=attention_mask, block_size=self.block_size, scale=self.scale
         )
-        return torch.cat(outs).flatten(2).transpose(0, 1)
+        # Contiguous, since the linear layer behind would copy it otherwise.
+        return torch.cat([out.transpose(0, 1) for out in outs], dim=1).flatten(2)
 
 
 class CausalCoreAttention(CoreAttention):

@@ -173,7 +173,7 @@ def hidden_in_window(lengths: torch.Tensor, num_blocks: int, heads_per_group: in
     query = block_start + torch.arange(block_size, device=device).view(-1, 1)
     key_offset = torch.arange(-block_size, block_size, device=device)
     key = block_start + key_offset
-    is_noisy = torch.tensor([False, True], device=device).view(2, 1, 1)
+    is_noisy = torch.arange(2, device=device).bool().view(2, 1, 1)
     is_left = may_attend(query, is_noisy, key, is_noisy & (key_offset >= 0), block_size)
     is_left &= ~seen_by_kernel(query, key, block_size)
     is_real = (key >= 0) & (key < lengths.view(-1, 1, 1, 1, 1))

@@ -7,7 +7,8 @@ the gradients of the outputs into Transformer Engine's backward, and `_ToKernel`
 kernel's, which come out of it.
 
 Between forward and backward the nodes keep keys and values of both streams, and queries and outputs in the rows that
-the kernel gets and returns: in bfloat16 these are the tensors that Transformer Engine keeps as well.
+the kernel gets and returns. In bfloat16 Transformer Engine keeps the same tensors of queries and outputs, but a
+contiguous copy of the clean keys and values beside those here.
 
 Example:
 

@@ -1,0 +1,113 @@
+"""Training steps on a GPU: Transformer Engine's layers, FP8 recipes, activation recompute, rollout in between.
+
+A step in FP8 has to come close to the same step in bfloat16, from the same trajectories: rollout runs without FP8.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from megatron_opdlm.config.schema import (
+    AttentionConfig,
+    DataConfig,
+    LoggingConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RolloutConfig,
+    TrainingConfig,
+)
+from tests.tiny_qwen3 import make_tiny_qwen3, write_prompts
+from tests.worlds import layout, tiny_config
+
+pytestmark = pytest.mark.gpu
+FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+NUM_STEPS = 3
+"""Delayed scales start from one, so they need some steps to mean something."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hf")
+    model = make_tiny_qwen3(root / "model", seed=1, hidden_size=256, head_dim=128)
+    return model, write_prompts(root / "prompts.jsonl", 8)
+
+
+@pytest.fixture
+def world_of_one_gpu():
+    """A process group of this process on its GPU."""
+    from megatron_opdlm.parallel.initialize import initialize, shut_down
+
+    initialize(ParallelConfig(), seed=0)
+    yield
+    shut_down()
+
+
+def first_metrics(folders, root, *, precision: dict, attention: dict, transformer: dict) -> list[dict[str, float]]:
+    """Metrics of the first steps of a run in bfloat16, or a skip where this machine refuses what it asks for."""
+    from megatron_opdlm.training.trainer import Trainer
+
+    model, prompts = folders
+    config = tiny_config(
+        model,
+        transformer=transformer,
+        rollout=RolloutConfig(max_new_tokens=12, temperature=0.0),
+        data=DataConfig(train_files=[str(prompts)]),
+        training=TrainingConfig(num_prompts_per_step=4, global_batch_size=4, micro_batch_size=2),
+        logging=LoggingConfig(directory=str(root)),
+    )
+    config = dataclasses.replace(
+        config,
+        precision=PrecisionConfig(dtype="bfloat16", **precision),
+        attention=AttentionConfig(**attention),
+    )
+    with layout(config.parallel):
+        try:
+            trainer = Trainer(config)
+        except ValueError as error:
+            pytest.skip(str(error))
+        metrics = []
+        for _ in range(NUM_STEPS):
+            metrics.append(trainer._one_step())
+            trainer.step += 1
+    return metrics
+
+
+@pytest.mark.parametrize("recompute", [{}, FULL_RECOMPUTE], ids=["no recompute", "full recompute"])
+@pytest.mark.parametrize(
+    ("precision", "attention"),
+    [
+        ({"fp8": "delayed"}, {}),
+        ({"fp8": "tensorwise"}, {}),
+        ({"fp8": "blockwise"}, {}),
+        ({"teacher_fp8": "tensorwise"}, {}),
+        ({"fp8": "delayed"}, {"fp8": True}),
+    ],
+    ids=str,
+)
+def test_steps_in_fp8_come_close_to_those_in_bfloat16(
+    precision, attention, recompute, folders, world_of_one_gpu, tmp_path
+):
+    pytest.importorskip("transformer_engine", reason="FP8 needs Transformer Engine")
+    exact = first_metrics(folders, tmp_path / "bf16", precision={}, attention={}, transformer=recompute)
+    rough = first_metrics(folders, tmp_path / "fp8", precision=precision, attention=attention, transformer=recompute)
+    assert exact[0]["train/loss"] > 0
+    # Nothing has been learnt before the first step, so both decode the same.
+    assert rough[0]["rollout/tokens_per_step"] == exact[0]["rollout/tokens_per_step"]
+    assert rough[0]["train/loss"] == pytest.approx(exact[0]["train/loss"], rel=0.1)
+    assert all(math.isfinite(step["train/loss"]) and math.isfinite(step["train/grad_norm"]) for step in rough)
+    assert rough[-1]["train/loss"] == pytest.approx(exact[-1]["train/loss"], rel=0.25)
+
+
+def test_local_and_transformer_engine_layers_take_the_same_step(folders, world_of_one_gpu, tmp_path):
+    pytest.importorskip("transformer_engine", reason="the comparison needs Transformer Engine")
+    runs = [
+        first_metrics(folders, tmp_path / name, precision={}, attention={}, transformer={"transformer_impl": name})[0]
+        for name in ("local", "transformer_engine")
+    ]
+    assert torch.cuda.is_available()
+    assert runs[0]["train/loss"] == pytest.approx(runs[1]["train/loss"], rel=0.02)
+    assert runs[0]["train/grad_norm"] == pytest.approx(runs[1]["train/grad_norm"], rel=0.05)

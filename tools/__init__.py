@@ -1,0 +1,1 @@
+"""Commands for conversion and measurement: `python tools/<name>.py`."""
