@@ -11,6 +11,7 @@ assert run_on_ranks(add_up, 2, 10) == [21, 21]
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import pickle
 import tempfile
 import time
@@ -27,6 +28,9 @@ import torch.multiprocessing as mp
 TIME_LIMIT = 120.0
 """Seconds after which a test's processes are ended."""
 
+# Ranks are forked from one process that has imported everything: importing takes each of them seconds otherwise.
+multiprocessing.set_forkserver_preload(["megatron_opdlm.training.trainer"])
+
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
     """[function(rank, *arguments) for every rank], each in a fresh process with the default process group initialised.
@@ -36,7 +40,9 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any)
     a process died without one, and TimeoutError after TIME_LIMIT seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ranks = mp.start_processes(_run_rank, (function, world_size, folder, arguments), world_size, join=False)
+        ranks = mp.start_processes(
+            _run_rank, (function, world_size, folder, arguments), world_size, join=False, start_method="forkserver"
+        )
         try:
             _wait_for(ranks, function.__name__)
         except mp.ProcessRaisedException:

@@ -25,7 +25,12 @@ def load_reference(folder: Path, dtype: torch.dtype = torch.float64):
     """The folder as `transformers` reads it, with attention that honours a mask `[B, 1, queries, keys]`."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation="eager",
+        experts_implementation="eager",  # of mixtures; the grouped products have no float64
+    )
     # PyTorch gives the row of the padding token no gradient, even where a sequence really holds that token.
     model.get_input_embeddings().padding_idx = None
     return model
@@ -98,8 +103,9 @@ def _draw_at(model, ids, masked, uniforms, settings, mask_token_id) -> dict[int,
     block = torch.arange(length) // size
     logits_TV = masked_logits(model, torch.tensor([ids]), torch.arange(length), (block[:, None] >= block)[None])[0]
     drawn = {}
+    shift = 1 if settings.logit_shift == "next_token" else 0
     for position in masked:
-        logits = logits_TV[position].double()
+        logits = logits_TV[position - shift].double()
         logits[mask_token_id] = -torch.inf
         token = draw_slowly(logits, float(uniforms[position % size]), settings)
         drawn[position] = token, float(logits.log_softmax(0)[token])

@@ -29,6 +29,44 @@ LAYOUTS = {
 }
 """Name -> layout. The first one serves a world of one process, and data parallelism in larger ones."""
 
+_TWO_STAGES = {"pipeline_model_parallel_size": 2}
+_TWO_CHUNKS = _TWO_STAGES | {"virtual_pipeline_model_parallel_size": 2}
+_SEQUENCE_PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PIPELINE_LAYOUTS = {
+    "2 stages": ParallelConfig(**_TWO_STAGES),
+    "2 stages of 2 chunks": ParallelConfig(**_TWO_CHUNKS),
+    "4 stages": ParallelConfig(pipeline_model_parallel_size=4),
+    "2 stages, tensor parallel 2": ParallelConfig(**_TWO_STAGES, tensor_model_parallel_size=2),
+    "2 stages, sequence parallel 2": ParallelConfig(**_TWO_STAGES, **_SEQUENCE_PARALLEL),
+    "2 stages of 2 chunks, sequence parallel 2": ParallelConfig(**_TWO_CHUNKS, **_SEQUENCE_PARALLEL),
+}
+"""The same with pipeline stages; the names say how many processes at least."""
+
+_SHARED_EXPERTS = {"expert_model_parallel_size": 2}
+EXPERT_LAYOUTS = {
+    "experts over 2": ParallelConfig(**_SHARED_EXPERTS),
+    "experts over 4": ParallelConfig(expert_model_parallel_size=4),
+    "sequence parallel 2, whole experts": ParallelConfig(**_SEQUENCE_PARALLEL, expert_tensor_parallel_size=1),
+    "sequence parallel 2, experts over 2": ParallelConfig(**_SEQUENCE_PARALLEL, **_SHARED_EXPERTS),
+    "sequence parallel 2, whole experts over 2": ParallelConfig(
+        **_SEQUENCE_PARALLEL, **_SHARED_EXPERTS, expert_tensor_parallel_size=1
+    ),
+    "2 stages, experts over 2": ParallelConfig(**_TWO_STAGES, **_SHARED_EXPERTS),
+}
+"""Layouts of mixtures of experts. A whole expert is not cut by tensor parallelism."""
+
+_CONTEXT_PARALLEL = {"context_parallel_size": 2}
+CONTEXT_LAYOUTS = {
+    "context parallel 2": ParallelConfig(**_CONTEXT_PARALLEL),
+    "context parallel 4": ParallelConfig(context_parallel_size=4),
+    "context parallel 2, tensor parallel 2": ParallelConfig(**_CONTEXT_PARALLEL, tensor_model_parallel_size=2),
+    "context parallel 2, sequence parallel 2": ParallelConfig(**_CONTEXT_PARALLEL, **_SEQUENCE_PARALLEL),
+    "context parallel 2, 2 stages": ParallelConfig(**_CONTEXT_PARALLEL, **_TWO_STAGES),
+    "context parallel 2, experts over 2": ParallelConfig(**_CONTEXT_PARALLEL, **_SHARED_EXPERTS),
+    "context parallel 2, 2 stages of 2 chunks": ParallelConfig(**_CONTEXT_PARALLEL, **_TWO_CHUNKS),
+}
+"""Ranks that share sequences."""
+
 
 def tiny_config(
     folder: Path,

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
 
     from megatron_opdlm.diffusion.states import OnPolicyStates
-    from megatron_opdlm.models.build import Qwen3Model
+    from megatron_opdlm.models.pipeline import PipelineModel
 
 BLOCK_SIZE = 4
 VARIANTS = ("ours", "naive")
@@ -237,7 +237,7 @@ def build_ours(sizes: Sizes, folder: Path) -> Variant:
     """The package's models and loss. The weights go through Hugging Face folders, as in a run."""
     import torch
 
-    from megatron_opdlm.config.schema import DivergenceConfig, ParallelConfig
+    from megatron_opdlm.config.schema import DivergenceConfig, ParallelConfig, RolloutConfig
     from megatron_opdlm.distillation.loss import distillation_loss
     from megatron_opdlm.distillation.teacher import teacher_hidden_states
     from megatron_opdlm.distillation.vocabulary_parallel import VocabularyShard
@@ -250,7 +250,7 @@ def build_ours(sizes: Sizes, folder: Path) -> Variant:
     attention = partial(BlockDiffusionCoreAttention, backend=backend, block_size=BLOCK_SIZE)
     student = _megatron_model(random_qwen3(sizes, STUDENT_SEED), attention, folder / "student", groups, RECOMPUTE)
     teacher = _megatron_model(random_qwen3(sizes, TEACHER_SEED), CausalCoreAttention, folder / "teacher", groups, {})
-    teacher.eval().requires_grad_(False)
+    teacher.freeze()
     vocabulary = {"vocab_size": sizes.vocab_size, "mask_token_id": sizes.vocab_size - 1}
     shard = VocabularyShard(first=0, num_rows=len(student.output_weight), group=groups.tp, **vocabulary)
     divergence = DivergenceConfig() if sizes.chunk_size is None else DivergenceConfig(chunk_size=sizes.chunk_size)
@@ -259,14 +259,16 @@ def build_ours(sizes: Sizes, folder: Path) -> Variant:
     def loss(states: OnPolicyStates) -> torch.Tensor:
         (targets_NH,) = teacher_hidden_states(teacher, [states])
         hidden_TBH = student(torch.cat([states.clean_ids_BT, states.noisy_ids_BT]), positions_T, states.lengths_B)
-        return distillation_loss(student, teacher, hidden_TBH, targets_NH, states, shard, divergence)[0]
+        rollout = RolloutConfig(block_size=BLOCK_SIZE)
+        return distillation_loss(student, teacher, hidden_TBH, targets_NH, states, shard, divergence, rollout)[0]
 
-    return Variant(student, loss)
+    (whole,) = student.chunks
+    return Variant(whole, loss)
 
 
 def _megatron_model(
     model: Qwen3ForCausalLM, core_attention: Callable, folder: Path, groups: ProcessGroupCollection, overrides: dict
-) -> Qwen3Model:
+) -> PipelineModel:
     """The same model on Megatron."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -281,7 +283,7 @@ def _megatron_model(
     num_rows = architecture.padded_vocab_size(parallel.make_vocab_size_divisible_by, 1)
     settings = {"parallel": parallel, "dtype": "float32", "padded_vocab_size": num_rows, "overrides": overrides}
     built = build_model(architecture, core_attention, **settings)
-    load_hf_weights(built, folder, architecture, groups.tp)
+    load_hf_weights(built, folder, architecture, groups)
     return built
 
 

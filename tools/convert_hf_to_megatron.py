@@ -1,4 +1,4 @@
-"""Hugging Face Qwen3 folder -> Megatron checkpoint.
+"""Hugging Face folder -> Megatron checkpoint.
 
     python tools/convert_hf_to_megatron.py --hf Qwen3-0.6B --output student --role student --dtype bfloat16
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hf", required=True, help="Hugging Face folder of a dense Qwen3")
+    parser.add_argument("--hf", required=True, help="Hugging Face folder: Qwen3, Qwen2.5, SDAR")
     parser.add_argument("--output", required=True, type=Path, help="folder of the Megatron checkpoint; must not exist")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the weights; default: the folder's own")
     parser.add_argument("--role", choices=("student", "teacher"), default="student")

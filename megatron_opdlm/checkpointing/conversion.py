@@ -14,19 +14,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megatron_opdlm.checkpointing.distributed import (
-    ASSETS,
-    METADATA,
-    PARTIAL,
-    check_complete,
-    newest_checkpoint,
-    read_tensor,
-    save_checkpoint,
-)
+from megatron_opdlm.checkpointing.distributed import METADATA, read_tensor, save_checkpoint
+from megatron_opdlm.checkpointing.folders import ASSETS, PARTIAL, check_complete, newest_checkpoint
 from megatron_opdlm.checkpointing.hf_folder import copy_assets, write_safetensors
 from megatron_opdlm.checkpointing.hf_qwen3 import hf_tensors
 from megatron_opdlm.checkpointing.pretrained import open_pretrained
-from megatron_opdlm.checkpointing.student_and_teacher import open_student
+from megatron_opdlm.checkpointing.student_and_teacher import check_autoregressive, open_student
 from megatron_opdlm.config.check import check_layout
 from megatron_opdlm.config.schema import ParallelConfig, StudentConfig
 from megatron_opdlm.models.attention.core_attention import CausalCoreAttention
@@ -43,16 +36,20 @@ def hf_to_megatron(
     """Writes `output` as a Megatron checkpoint of the weights in `hf`. All ranks must call it.
 
     Raises:
-        ValueError: the output exists, or the folder is not a dense Qwen3 with all its tensors.
+        ValueError: the output exists, or the folder is not a model of a supported family with all its tensors.
     """
     _check_absent(output)
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor_model_parallel_size)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        sequence_parallel=tensor_model_parallel_size > 1,  # leaves no trace in the weights; mixtures ask for it
+    )
     check_layout(parallel, world_size())
     pretrained = open_pretrained(hf, "--hf")
     if role == "student":
         source = open_student(StudentConfig(hf=hf, mask_token=mask_token))
         architecture, write_assets = source.architecture, source.write_assets
     else:
+        check_autoregressive(pretrained.architecture, "--hf", hf)
         architecture, write_assets = pretrained.architecture, lambda folder: copy_assets(pretrained.assets, folder)
     groups = initialize(parallel, seed=0)
     model = build_model(
@@ -65,7 +62,7 @@ def hf_to_megatron(
         ),
         overrides={},
     )
-    pretrained.load_into(model, groups.tp, architecture)
+    pretrained.load_into(model, groups, architecture)
     save_checkpoint(
         output, {"model": model.sharded_state_dict(metadata=METADATA)}, lambda folder: write_assets(folder / ASSETS)
     )

@@ -1,31 +1,47 @@
-"""Megatron distributed checkpoints in folders that are either whole or not there.
+"""Megatron distributed checkpoints: what a sharded state becomes on disk, written at once or beside the training.
 
 A checkpoint folder holds the shards of `torch_dist`, the Hugging Face assets of the model in `hf/`, for a training run
-its `config.yaml`, and `manifest.json` with the size of every file. It is written under another name and renamed when
-everything is in place, so a folder that an interrupted run left behind is never taken for a checkpoint.
+its `config.yaml`, and the manifest that makes it whole (see `folders`).
 
     save_checkpoint(folder, {"model": model.sharded_state_dict(metadata=METADATA)}, write_assets)
     state = load_checkpoint(folder, {"model": model.sharded_state_dict(metadata=METADATA)})
+
+    with BackgroundSaves() as saves:
+        saves.save(folder, state, write_assets)      # returns as soon as the state is copied; training goes on
+
+Megatron-Core makes the shards and PyTorch's `FileSystemWriter` writes them, in threads of this process. Megatron-Core's
+own writer forks the training process: the writers of a killed run go on writing into the folder that its successor
+fills, a save whose writer was killed is waited for without end, and what it takes to save in the background differs
+between releases (0.16 forks, 0.19 asks for another package).
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
-import re
-import shutil
+import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter, LoadPlan
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_opdlm.checkpointing.folders import begin_folder, check_complete, partial_folder, publish
 
 logger = logging.getLogger(__name__)
 
@@ -35,30 +51,127 @@ METADATA = {
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
-MANIFEST = "manifest.json"
-ASSETS = "hf"
-PARTIAL = ".partial"
-_STEP_FOLDER = re.compile(r"step_(\d{8})")
+NUM_WRITERS = 2
+"""Threads, and files, of a rank."""
 
 
-def save_checkpoint(folder: Path, state: dict, write_assets: Callable[[Path], None]) -> None:
+def save_checkpoint(
+    folder: Path, state: dict, write_assets: Callable[[Path], None], on_published: Callable[[], None] = lambda: None
+) -> None:
     """Writes `state` (sharded tensors and small common values) to `folder`. All ranks must call it.
 
-    `write_assets(folder)` runs on rank 0 and adds files of its own.
+    `write_assets(folder)` runs on rank 0 and adds files of its own; `on_published()` runs there when all is in place.
     """
-    partial = folder.with_name(folder.name + PARTIAL)
+    _prepare(folder, state, write_assets, on_published, copy=False).write(group=None)
+
+
+class BackgroundSaves:
+    """Saves that copy the state and write it while training goes on, one at a time. All ranks must make one.
+
+    The ranks' writing threads talk over a gloo group of their own. A save needs nothing of the ranks' main threads once
+    it is begun: it is published as soon as every rank's files are written, also if a rank's training has failed by
+    then. What is killed before that leaves a `.partial` folder, never half a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+
+    def save(
+        self,
+        folder: Path,
+        state: dict,
+        write_assets: Callable[[Path], None],
+        on_published: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Like `save_checkpoint`, but returns once `state` is copied to the host's memory. All ranks must call it.
+
+        Waits for the save before this one, and raises what stopped it.
+        """
+        self.wait()
+        prepared = _prepare(folder, state, write_assets, on_published, copy=True)
+        self._pending = self._thread.submit(prepared.write, self._group)
+
+    def wait(self) -> None:
+        """Returns when the checkpoint of the last `save` is in place. CheckpointException if it was not written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> BackgroundSaves:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """A checkpoint whose folder holds everything but the tensors, and the tensors in the form of PyTorch's writer."""
+
+    partial: Path
+    tensors: dict
+    on_published: Callable[[], None]
+
+    def write(self, group: dist.ProcessGroup | None) -> None:
+        """Writes the tensors and publishes the folder. All ranks of the group must call it."""
+        started = time.perf_counter()
+        planner = MCoreSavePlanner(flatten_state_dict=False)
+        writer = _PublishingWriter(self.partial, self.on_published)
+        torch.distributed.checkpoint.save(self.tensors, storage_writer=writer, planner=planner, process_group=group)
+        logger.info("wrote %s in %.1f s", self.partial.stem, time.perf_counter() - started)
+
+
+class _PublishingWriter(FileSystemWriter):
+    """Publishes the folder where PyTorch writes the index, which is after the last file of the slowest rank.
+
+    PyTorch calls `finish` on the first rank only, with the others waiting, and raises on all of them what it raises.
+    """
+
+    def __init__(self, partial: Path, on_published: Callable[[], None]) -> None:
+        super().__init__(partial, thread_count=NUM_WRITERS)
+        self.partial, self.on_published = partial, on_published
+
+    def finish(self, metadata: Metadata, results: list) -> None:
+        super().finish(metadata, results)
+        publish(self.partial)
+        self.on_published()
+
+
+class _Capture(TorchDistSaveShardedStrategy):
+    """Takes the place of Megatron-Core's writer and keeps what it is given to write."""
+
+    def __init__(self, copy: bool) -> None:
+        super().__init__("torch_dist", 1)
+        self.copy = copy
+        self.tensors: dict = {}
+
+    def save(self, sharded_state_dict: dict, checkpoint_dir: Path) -> None:
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        for shard in (shard for shards in by_key.values() for shard in shards):
+            if isinstance(shard, ShardedTensor):
+                # A parameter that is on the CPU already would change under the writer with the optimizer's next step.
+                shard.data = shard.data.detach().to("cpu", copy=self.copy)
+        self.tensors = mcore_to_pyt_state_dict(by_key)  # serialises what is no tensor, so that is a copy too
+
+
+def _prepare(
+    folder: Path, state: dict, write_assets: Callable[[Path], None], on_published: Callable[[], None], *, copy: bool
+) -> _Prepared:
+    partial = partial_folder(folder)
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        begin_folder(folder)
     dist.barrier()
+    capture = _Capture(copy)
     with _quiet():
-        dist_checkpointing.save(state, str(partial), content_metadata=METADATA)
+        dist_checkpointing.save(state, str(partial), capture, content_metadata=METADATA)
     if dist.get_rank() == 0:
         write_assets(partial)
-        _write_manifest(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    dist.barrier()
+    return _Prepared(partial, capture.tensors, on_published)
 
 
 def load_checkpoint(folder: Path, state: dict) -> dict:
@@ -73,58 +186,6 @@ def load_checkpoint(folder: Path, state: dict) -> dict:
     except (CheckpointException, CheckpointingException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"checkpoint {folder} is damaged or of another model: {reason}") from error
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder is a Megatron checkpoint of ours (as against a Hugging Face folder)."""
-    return (folder / MANIFEST).is_file()
-
-
-def check_complete(folder: Path) -> None:
-    """ValueError naming the first file that is missing or has not the size it was written with."""
-    if not is_checkpoint(folder):
-        raise ValueError(f"{folder} is not a Megatron checkpoint: it has no {MANIFEST}")
-    try:
-        sizes = json.loads((folder / MANIFEST).read_text())["sizes"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
-    for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"checkpoint {folder} is incomplete: {name} is missing")
-        if path.stat().st_size != size:
-            raise ValueError(
-                f"checkpoint {folder} is damaged: {name} has {path.stat().st_size} bytes instead of {size}"
-            )
-
-
-def step_folder(directory: Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of a training step."""
-    return directory / f"step_{step:08d}"
-
-
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest whole checkpoint of a run; damaged ones are passed over with a warning that says why."""
-    for folder in reversed(_step_folders(directory)):
-        try:
-            check_complete(folder)
-        except ValueError as error:
-            logger.warning("%s; falling back to the checkpoint before it", error)
-        else:
-            return folder
-    return None
-
-
-def remove_old_checkpoints(directory: Path, keep: int) -> None:
-    """Deletes all but the `keep` newest whole checkpoints of a run, and what interrupted saves left. 0 keeps all.
-
-    A damaged checkpoint counts for nothing and is left for people to look at.
-    """
-    if keep:
-        for folder in [folder for folder in _step_folders(directory) if _is_complete(folder)][:-keep]:
-            shutil.rmtree(folder)
-    for partial in directory.glob(f"step_*{PARTIAL}"):
-        shutil.rmtree(partial)
 
 
 def read_tensor(folder: Path, key: str, layer: int | None) -> torch.Tensor:
@@ -161,26 +222,6 @@ class _RowsPlanner(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         return self.state_dict[index.fqn]
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        check_complete(folder)
-    except ValueError:
-        return False
-    return True
-
-
-def _step_folders(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        return []
-    return sorted(path for path in directory.iterdir() if path.is_dir() and _STEP_FOLDER.fullmatch(path.name))
-
-
-def _write_manifest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    (folder / MANIFEST).write_text(json.dumps({"sizes": sizes}, indent=2) + "\n")
 
 
 def _quiet() -> warnings.catch_warnings:

@@ -3,7 +3,7 @@
     weights = SafetensorsReader(Path("Qwen3-0.6B"))
     weights.shape("model.norm.weight"); weights.read("model.norm.weight")
 
-Nothing here knows Qwen3. Only safetensors and JSON are read, never pickle.
+Nothing here knows a model. Only safetensors and JSON are read, never pickle; code that a folder brings is never run.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> Non
 
 
 def copy_assets(source: Path, destination: Path) -> None:
-    """Copies config, generation config and tokenizer files, whichever the source has."""
+    """Copies config, generation config, tokenizer files and model code (SDAR's, say), whichever the source has."""
     destination.mkdir(parents=True, exist_ok=True)
-    for name in ASSET_FILES:
+    for name in (*ASSET_FILES, *(path.name for path in sorted(source.glob("*.py")))):
         if (source / name).is_file():
             shutil.copyfile(source / name, destination / name)

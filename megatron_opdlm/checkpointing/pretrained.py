@@ -2,7 +2,7 @@
 
 source = open_pretrained("Qwen3-0.6B", setting="teacher.hf")
 source.architecture, source.assets                      # the folder with config.json and the tokenizer
-source.load_into(model, groups.tp, source.architecture)
+source.load_into(model, groups, source.architecture)
 """
 
 from __future__ import annotations
@@ -10,19 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_opdlm.checkpointing.distributed import (
-    ASSETS,
-    MANIFEST,
-    METADATA,
-    check_complete,
-    is_checkpoint,
-    load_checkpoint,
-    newest_checkpoint,
-)
+from megatron_opdlm.checkpointing.distributed import METADATA, load_checkpoint
+from megatron_opdlm.checkpointing.folders import ASSETS, MANIFEST, check_complete, is_checkpoint, newest_checkpoint
 from megatron_opdlm.checkpointing.hf_qwen3 import load_hf_weights
-from megatron_opdlm.models.build import Qwen3Model
+from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.models.qwen3 import Qwen3Architecture, read_architecture
 
 
@@ -39,16 +32,16 @@ class Pretrained:
         """The folder with `config.json`, `generation_config.json` and the tokenizer."""
         return self.folder / ASSETS if self.is_megatron else self.folder
 
-    def load_into(self, model: Qwen3Model, group: dist.ProcessGroup, architecture: Qwen3Architecture) -> None:
+    def load_into(self, model: PipelineModel, groups: ProcessGroupCollection, architecture: Qwen3Architecture) -> None:
         """Fills this rank's shards. `architecture` is the source's, or the student's made from it.
 
-        All ranks must call it; `group` is the tensor-parallel group.
+        All ranks must call it.
         """
         if self.is_megatron:
             state = load_checkpoint(self.folder, {"model": model.sharded_state_dict(metadata=METADATA)})
             model.load_state_dict(state["model"])
         else:
-            load_hf_weights(model, self.folder, architecture, group)
+            load_hf_weights(model, self.folder, architecture, groups)
 
 
 def open_pretrained(folder: str, setting: str) -> Pretrained:

@@ -28,8 +28,9 @@ from megatron_opdlm.data.special_tokens import SpecialTokens
 from megatron_opdlm.data.tokenizer import add_mask_token, check_same_tokenizer, end_token_ids, load_tokenizer
 from megatron_opdlm.models.attention.backend import AttentionCase, build_backend
 from megatron_opdlm.models.attention.core_attention import BlockDiffusionCoreAttention, CausalCoreAttention
-from megatron_opdlm.models.build import Qwen3Model, build_model, choose_layers
+from megatron_opdlm.models.build import build_model, choose_layers
 from megatron_opdlm.models.fp8 import check_fp8
+from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.models.qwen3 import DTYPES, Qwen3Architecture, read_config_json
 from megatron_opdlm.parallel.device import device
 
@@ -62,6 +63,11 @@ def open_student(student: StudentConfig, stop_token_ids: list[int] | None = None
     tokenizer = load_tokenizer(pretrained.assets)
     mask_token_id = pretrained.architecture.mask_token_id
     if mask_token_id is None:
+        if pretrained.architecture.is_block_diffusion and student.mask_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"student.mask_token ({student.mask_token}) must be the mask token that {folder} was trained with; its "
+                "tokenizer has no such token"
+            )
         mask_token_id = add_mask_token(tokenizer, student.mask_token)
     architecture = pretrained.architecture.with_mask_token(mask_token_id)
     ends = dict.fromkeys([*end_token_ids(tokenizer, pretrained.assets), *(stop_token_ids or [])])
@@ -80,9 +86,28 @@ def open_teacher(teacher: TeacherConfig, student: StudentSource) -> Pretrained:
     """Reads the teacher's config and checks that its tokenizer is the student's. ValueError names what differs."""
     setting, folder = _source(teacher, "teacher")
     pretrained = open_pretrained(folder, setting)
+    check_autoregressive(pretrained.architecture, setting, folder)
     mask_token = student.tokenizer.convert_ids_to_tokens(student.special.mask_token_id)
     check_same_tokenizer(student.tokenizer, load_tokenizer(pretrained.assets), mask_token)
     return pretrained
+
+
+def check_autoregressive(architecture: Qwen3Architecture, setting: str, folder: str) -> None:
+    """ValueError for a model that cannot say what comes after a prefix, as a teacher must."""
+    if architecture.is_block_diffusion:
+        raise ValueError(
+            f"{setting} ({folder}) is a block-diffusion model (model_type sdar): it can be a student, but a teacher "
+            "must be autoregressive"
+        )
+
+
+def check_experts(config: Config, *architectures: Qwen3Architecture) -> None:
+    """ValueError if experts are to be shared out and no model has any."""
+    size = config.parallel.expert_model_parallel_size
+    if size > 1 and all(architecture.mixture is None for architecture in architectures):
+        raise ValueError(
+            f"parallel.expert_model_parallel_size ({size}) must be 1: neither student nor teacher has experts"
+        )
 
 
 def padded_vocab_size(config: Config, *architectures: Qwen3Architecture) -> int:
@@ -94,7 +119,9 @@ def padded_vocab_size(config: Config, *architectures: Qwen3Architecture) -> int:
     )
 
 
-def build_student(source: StudentSource, config: Config, groups: ProcessGroupCollection, num_rows: int) -> Qwen3Model:
+def build_student(
+    source: StudentSource, config: Config, groups: ProcessGroupCollection, num_rows: int
+) -> PipelineModel:
     """The student with its weights. All ranks must call it. `num_rows` is `padded_vocab_size`.
 
     ValueError if this machine does not have the attention or the FP8 asked for.
@@ -116,11 +143,11 @@ def build_student(source: StudentSource, config: Config, groups: ProcessGroupCol
         fp8_recipe=recipe,
         fp8_attention=config.attention.fp8,
     )
-    source.pretrained.load_into(model, groups.tp, source.architecture)
+    source.pretrained.load_into(model, groups, source.architecture)
     return model
 
 
-def build_teacher(source: Pretrained, config: Config, groups: ProcessGroupCollection, num_rows: int) -> Qwen3Model:
+def build_teacher(source: Pretrained, config: Config, groups: ProcessGroupCollection, num_rows: int) -> PipelineModel:
     """The frozen teacher with its weights. All ranks must call it. `num_rows` is `padded_vocab_size`.
 
     ValueError if this machine does not have the FP8 asked for.
@@ -138,8 +165,8 @@ def build_teacher(source: Pretrained, config: Config, groups: ProcessGroupCollec
         overrides=overrides,
         fp8_recipe=recipe,
     )
-    source.load_into(model, groups.tp, source.architecture)
-    return model.eval().requires_grad_(False)
+    source.load_into(model, groups, source.architecture)
+    return model.freeze()
 
 
 def _attention_case(architecture: Qwen3Architecture, config: Config) -> AttentionCase:

@@ -5,25 +5,28 @@ Random numbers need no state: each is drawn from a generator seeded by the run's
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_opdlm.checkpointing.distributed import ASSETS, METADATA, load_checkpoint, save_checkpoint
+from megatron_opdlm.checkpointing.distributed import METADATA, load_checkpoint
+from megatron_opdlm.checkpointing.folders import ASSETS, remove_old_checkpoints
 from megatron_opdlm.checkpointing.student_and_teacher import StudentSource
 from megatron_opdlm.config.load import save_config
 from megatron_opdlm.config.schema import Config
-from megatron_opdlm.models.build import Qwen3Model
+from megatron_opdlm.models.pipeline import PipelineModel
 
 PROGRESS = "progress"
-OF_THE_RECIPE = ("max_lr", "min_lr", "betas", "eps")
-"""What Megatron stores with the optimizer's state although it is a setting, which a resumed run may have changed."""
 
 
 def save_train_state(
+    save: Callable[..., None],
     folder: Path,
-    model: Qwen3Model,
+    model: PipelineModel,
     optimizer: MegatronOptimizer,
     groups: ProcessGroupCollection,
     progress: dict,
@@ -32,34 +35,68 @@ def save_train_state(
 ) -> None:
     """Writes a checkpoint that `load_train_state` and the conversion to Hugging Face read. All ranks must call it.
 
-    `progress` is the same on all ranks: plain numbers and the `state_dict`s of the schedule and the prompt stream.
+    `save` is `save_checkpoint` or the `save` of `BackgroundSaves`. Once the checkpoint is in place, those beyond
+    `checkpoint.keep` beside it are removed. `progress` is the same on all ranks: plain numbers and the `state_dict`s of
+    the schedule and the prompt stream.
     """
 
     def write_assets(partial: Path) -> None:
         source.write_assets(partial / ASSETS)
         save_config(config, partial / "config.yaml")
 
+    def remove_old() -> None:
+        remove_old_checkpoints(folder.parent, config.checkpoint.keep)
+
     state = _sharded_state(model, optimizer, groups, is_loading=False)
-    save_checkpoint(folder, state | {PROGRESS: progress}, write_assets)
+    save(folder, state | {PROGRESS: progress}, write_assets, remove_old)
 
 
 def load_train_state(
-    folder: Path, model: Qwen3Model, optimizer: MegatronOptimizer, groups: ProcessGroupCollection
+    folder: Path, model: PipelineModel, optimizer: MegatronOptimizer, groups: ProcessGroupCollection
 ) -> dict:
     """Fills model and optimizer and returns `progress`. All ranks must call it. ValueError if the folder is damaged."""
-    recipe = [{name: group[name] for name in OF_THE_RECIPE} for group in optimizer.param_groups]
     state = load_checkpoint(folder, _sharded_state(model, optimizer, groups, is_loading=True))
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    for group, settings in zip(optimizer.param_groups, recipe, strict=True):
-        group.update(settings)
+    optimizer.load_state_dict(_optimizer_state(optimizer, state["optimizer"]))
     return state[PROGRESS]
 
 
+def _optimizer_state(optimizer: MegatronOptimizer, loaded: dict) -> dict:
+    """What a checkpoint of any layout says, in the form that this run's optimizer takes.
+
+    Megatron gives experts that ranks share an optimizer of their own. The states of several optimizers are numbered,
+    that of a single one stands by itself; the tensors are the same. Besides them only the number of steps is taken:
+    the rest of what Megatron stores are settings, which a resumed run may have changed.
+    """
+    stored = loaded if "optimizer" in loaded else loaded[0]
+    (num_steps,) = {group["step"] for group in stored["optimizer"]["param_groups"] if "step" in group}
+    parts = optimizer.chained_optimizers
+    states = []
+    for index, part in enumerate(parts):
+        state = part.state_dict()
+        for group in state["optimizer"]["param_groups"]:
+            group["step"] = num_steps
+        tensors = loaded if len(parts) == 1 else loaded[index]
+        kind = METADATA["distrib_optim_sharding_type"]
+        states.append(state | {"param_state": tensors["param_state"], "param_state_sharding_type": kind})
+    return states[0] if len(parts) == 1 else dict(enumerate(states))
+
+
 def _sharded_state(
-    model: Qwen3Model, optimizer: MegatronOptimizer, groups: ProcessGroupCollection, is_loading: bool
+    model: PipelineModel, optimizer: MegatronOptimizer, groups: ProcessGroupCollection, is_loading: bool
 ) -> dict:
     metadata = METADATA | {"dp_cp_group": groups.dp_cp}
     state = {"model": model.sharded_state_dict(metadata=metadata)}
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    with _old_objects_left_alone():
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
+
+
+@contextlib.contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """Megatron-Core collects garbage here, for runs that switched the collector off: 0.2 s over a process's objects."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -8,6 +8,7 @@ Each violation is a ValueError that names the setting, its value and the rule.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 
@@ -38,6 +39,8 @@ def check_config(config: Config, world_size: int | None) -> None:
     _at_least(1, "data", max_prompt_tokens=config.data.max_prompt_tokens)
     _check_precision(config)
     _check_padding(config)
+    _check_context_parallel(config)
+    _check_pipeline(config)
     if world_size is not None:
         check_layout(config.parallel, world_size)
         _check_batches(config, world_size)
@@ -94,14 +97,47 @@ def _check_parallel(parallel: ParallelConfig) -> None:
         1,
         "parallel",
         tensor_model_parallel_size=size,
+        context_parallel_size=parallel.context_parallel_size,
         make_vocab_size_divisible_by=parallel.make_vocab_size_divisible_by,
     )
     _require(
         not parallel.sequence_parallel or size > 1,
         f"parallel.sequence_parallel (true) needs parallel.tensor_model_parallel_size ({size}) to be over 1",
     )
+    num_stages, num_chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    _at_least(1, "parallel", pipeline_model_parallel_size=num_stages)
+    _at_least(2, "parallel", virtual_pipeline_model_parallel_size=num_chunks)
+    _require(
+        num_chunks is None or num_stages > 1,
+        f"parallel.virtual_pipeline_model_parallel_size ({num_chunks}) needs parallel.pipeline_model_parallel_size "
+        f"({num_stages}) to be over 1",
+    )
+    _check_expert_parallel(parallel)
     minutes = parallel.distributed_timeout_minutes
     _require(minutes > 0, f"parallel.distributed_timeout_minutes ({minutes}) must be over 0")
+
+
+def _check_expert_parallel(parallel: ParallelConfig) -> None:
+    """What expert parallelism needs of the other sizes; what it needs of the models is in `models.build`."""
+    size, experts = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    expert_size, num_chunks = parallel.expert_tensor_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    _at_least(1, "parallel", expert_model_parallel_size=experts, expert_tensor_parallel_size=expert_size)
+    _require(
+        expert_size is None or size % expert_size == 0,
+        f"parallel.expert_tensor_parallel_size ({expert_size}) must divide parallel.tensor_model_parallel_size "
+        f"({size})",
+    )
+    _require(
+        experts == 1 or size == 1 or parallel.sequence_parallel,
+        f"parallel.expert_model_parallel_size ({experts}) beside parallel.tensor_model_parallel_size ({size}) needs "
+        "parallel.sequence_parallel (false) to be true",
+    )
+    _require(
+        experts == 1 or num_chunks is None,
+        f"parallel.virtual_pipeline_model_parallel_size ({num_chunks}) must be null under "
+        f"parallel.expert_model_parallel_size ({experts}): ranks that decode different prompts would run different "
+        "chunks of layers at a time, while their experts wait for each other",
+    )
 
 
 def _check_rollout(rollout: RolloutConfig) -> None:
@@ -112,6 +148,7 @@ def _check_rollout(rollout: RolloutConfig) -> None:
         denoising_steps_per_block=rollout.denoising_steps_per_block,
         max_new_tokens=rollout.max_new_tokens,
         batch_size=rollout.batch_size,
+        pipeline_micro_groups=rollout.pipeline_micro_groups,
     )
     _at_least(1, "rollout.max_new_tokens_by_domain", **rollout.max_new_tokens_by_domain)
     _require(
@@ -252,25 +289,93 @@ def _fp8_row_multiple(recipe: str, parallel: ParallelConfig) -> int:
     if recipe == "off":
         return 1
     if not parallel.sequence_parallel:
-        return 16
-    return (128 if recipe == "blockwise" else 16) * parallel.tensor_model_parallel_size
+        return 16 * parallel.context_parallel_size
+    multiple = 128 if recipe == "blockwise" else 16
+    return multiple * parallel.tensor_model_parallel_size * parallel.context_parallel_size
+
+
+def _check_context_parallel(config: Config) -> None:
+    """Each rank has equally many blocks of a row, and each of its sequence-parallel ranks equally many positions."""
+    size, padding, block = (
+        config.parallel.context_parallel_size,
+        config.training.pad_to_multiple,
+        config.rollout.block_size,
+    )
+    _require(
+        padding % (size * block) == 0,
+        f"training.pad_to_multiple ({padding}) must be a multiple of parallel.context_parallel_size ({size}) x "
+        f"rollout.block_size ({block}) = {size * block}",
+    )
+    num_shards = size * config.parallel.tensor_model_parallel_size
+    _require(
+        not config.parallel.sequence_parallel or padding % num_shards == 0,
+        f"training.pad_to_multiple ({padding}) must be a multiple of parallel.context_parallel_size ({size}) x "
+        f"parallel.tensor_model_parallel_size ({num_shards // size}) = {num_shards} under parallel.sequence_parallel",
+    )
+    _require(
+        size == 1 or config.rollout.logit_shift == "none",
+        f"rollout.logit_shift ({config.rollout.logit_shift}) must be none under parallel.context_parallel_size "
+        f"({size}): the output before a rank's first position is with another rank",
+    )
+
+
+def _check_pipeline(config: Config) -> None:
+    """Layers are spread evenly; other ways of spreading them would reach Megatron through `transformer`."""
+    for name, model in (("student", config.student), ("teacher", config.teacher)):
+        for setting, value in model.transformer.items():
+            _require(
+                "pipeline" not in setting,
+                f"{name}.transformer.{setting} ({value}) must be left out: stages have equally many layers",
+            )
+    num_groups, num_stages = config.rollout.pipeline_micro_groups, config.parallel.pipeline_model_parallel_size
+    _require(
+        num_groups is None or num_stages > 1,
+        f"rollout.pipeline_micro_groups ({num_groups}) needs parallel.pipeline_model_parallel_size ({num_stages}) to "
+        "be over 1",
+    )
 
 
 def check_layout(parallel: ParallelConfig, world_size: int) -> None:
     """Checks that the layout fits this many processes."""
-    size = parallel.tensor_model_parallel_size
+    sizes = {
+        "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "parallel.context_parallel_size": parallel.context_parallel_size,
+        "parallel.pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+    }
+    _check_processes(sizes, world_size)
+    expert_size = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    of_experts = {
+        "parallel.expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "parallel.expert_tensor_parallel_size": expert_size,
+        "parallel.pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+    }
+    _check_processes(of_experts, world_size)
+
+
+def _check_processes(sizes: dict[str, int], world_size: int) -> None:
+    named, product = [name for name, size in sizes.items() if size > 1], math.prod(sizes.values())
     _require(
-        world_size % size == 0,
-        f"parallel.tensor_model_parallel_size ({size}) must divide the number of processes ({world_size})",
+        world_size % product == 0,
+        f"{' x '.join(named)} ({product}) must divide the number of processes ({world_size})",
     )
 
 
 def _check_batches(config: Config, world_size: int) -> None:
     training = config.training
-    data_parallel_size = world_size // config.parallel.tensor_model_parallel_size
+    parallel, num_stages = config.parallel, config.parallel.pipeline_model_parallel_size
+    data_parallel_size = world_size // (
+        parallel.tensor_model_parallel_size * parallel.context_parallel_size * num_stages
+    )
     rows = training.micro_batch_size * data_parallel_size
     _require(
         training.global_batch_size % rows == 0,
         f"training.global_batch_size ({training.global_batch_size}) must be a multiple of training.micro_batch_size "
         f"({training.micro_batch_size}) x data-parallel size ({data_parallel_size}) = {rows}",
+    )
+    num_micro_batches = training.global_batch_size // rows
+    _require(
+        config.parallel.virtual_pipeline_model_parallel_size is None or num_micro_batches % num_stages == 0,
+        f"training.global_batch_size ({training.global_batch_size}) / {rows} = {num_micro_batches} micro-batches must "
+        f"be a multiple of parallel.pipeline_model_parallel_size ({num_stages}) under "
+        "parallel.virtual_pipeline_model_parallel_size",
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 RemaskingStrategy = Literal["low_confidence_static", "low_confidence_dynamic"]
+LogitShift = Literal["none", "next_token"]
 CurriculumShape = Literal["linear", "sine", "cosine"]
 Fp8Recipe = Literal["off", "delayed", "tensorwise", "blockwise"]
 
@@ -20,7 +21,8 @@ class StudentConfig:
     """The block-diffusion model being trained. Give `hf` or `checkpoint`."""
 
     hf: str | None = None
-    """Hugging Face Qwen3 folder to start from; a mask token is added where the tokenizer has none."""
+    """Hugging Face folder to start from: a Qwen3, a Qwen3-MoE, a Qwen2.5, or an SDAR or TraDo, which denoise blocks
+    already. A mask token is added where the tokenizer has none."""
     checkpoint: str | None = None
     """Megatron checkpoint folder to start from, as `tools/convert_hf_to_megatron.py --role student` writes it."""
     mask_token: str = "<|MASK|>"
@@ -34,7 +36,7 @@ class TeacherConfig:
     """The frozen autoregressive model. Give `hf` or `checkpoint`. It may be of another size than the student."""
 
     hf: str | None = None
-    """Hugging Face Qwen3 folder."""
+    """Hugging Face folder of a Qwen3, Qwen3-MoE or Qwen2.5."""
     checkpoint: str | None = None
     """Megatron checkpoint folder, as `tools/convert_hf_to_megatron.py --role teacher` writes it."""
     transformer: dict = field(default_factory=dict)
@@ -47,8 +49,23 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     """Ranks that share each weight matrix."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are cut into, each on its own ranks. Must divide the number of layers of both models."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Chunks of layers per stage, at least 2, for Megatron's interleaved schedule, which idles less and sends more.
+    Then the micro-batches of a global batch on a data-parallel rank must be a multiple of the stages, and they are all
+    padded to the longest."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence while the models train, for responses whose activations do not fit one: each has a
+    part of the positions, and in attention a part of the heads. Times the tensor-parallel size it must divide the
+    number of key-value heads of both models. These ranks decode different prompts."""
     sequence_parallel: bool = False
     """Shard the activations between tensor-parallel regions along the sequence. Needs a tensor-parallel size over 1."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of a mixture out among them, each with whole experts. They are different
+    data-parallel ranks (and tensor-parallel ones, where `expert_tensor_parallel_size` is smaller than that size)."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each weight matrix of an expert; must divide `tensor_model_parallel_size`, which null takes."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
     distributed_timeout_minutes: float = 10.0
@@ -110,6 +127,9 @@ class RolloutConfig:
     """Which masked positions a denoising step commits."""
     dynamic_threshold: float = 0.9
     """`low_confidence_dynamic` commits every position whose confidence is above this."""
+    logit_shift: LogitShift = "none"
+    """Which of the student's outputs predicts a position, while it decodes and while it trains: `none`, its own;
+    `next_token`, the one at the position before, as in the autoregressive model (Dream, Fast-dLLM v2)."""
     temperature: float = 1.0
     """Of the distribution that tokens are drawn from; 0 takes the most likely token."""
     top_k: int = 0
@@ -124,6 +144,9 @@ class RolloutConfig:
     """Token ids that end a response besides the tokenizer's end token."""
     batch_size: int = 128
     """Sequences that one data-parallel rank decodes at a time; each holds keys and values of its whole length."""
+    pipeline_micro_groups: int | None = None
+    """Under pipeline parallelism, groups that these sequences are split into, so that a stage can work on one while the
+    next stage works on another; null for as many as there are stages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +210,8 @@ class TrainingConfig:
     """Rows per forward and backward on one rank."""
     pad_to_multiple: int = 64
     """Rows of a micro-batch are padded to a multiple of this many tokens."""
+    balance_rows: bool = True
+    """Spread the rows of a global batch over the data-parallel ranks by their tokens; the loss stays the same."""
     seed: int = 1234
     """Of the data order, the rollouts and the states."""
 
@@ -199,6 +224,8 @@ class CheckpointConfig:
     """Folder of the checkpoints; null for `checkpoints/` in the run directory. If it holds one, the run resumes."""
     save_interval: int = 50
     """Training steps between checkpoints; the last step is always saved. 0 saves at the end only."""
+    async_save: bool = True
+    """Write while training goes on, from a copy of the state in host memory; otherwise training waits for the files."""
     keep: int = 2
     """Newest checkpoints that are kept; 0 for all."""
 

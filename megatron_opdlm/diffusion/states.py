@@ -87,6 +87,10 @@ class OnPolicyStates:
         """The rows at `index` (a slice or several row numbers), at the same width."""
         return self._map(lambda name, tensor: tensor[index])
 
+    def columns(self, part: slice) -> OnPolicyStates:
+        """A part of the positions of all rows. `lengths_B` stay those of the rows; `num_trained_B` is of the part."""
+        return self._map(lambda name, tensor: tensor[:, part] if name.endswith("_BT") else tensor)
+
     def to(self, device: torch.device | str) -> OnPolicyStates:
         """The same states on `device`."""
         return self._map(lambda name, tensor: tensor.to(device))

@@ -1,11 +1,13 @@
 """The teacher's part of a training step: one causal forward over what the student wrote.
 
 The teacher's output at position `i - 1` is the target distribution for position `i`. Between its forward and the loss
-only the hidden states at those positions are kept; its logits are made chunk by chunk inside the loss.
+only the hidden states at those positions are kept; its logits are made chunk by chunk inside the loss. Where ranks
+share a sequence, the target of a part's first position is the last output of the part before.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -13,38 +15,55 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_opdlm.diffusion.states import OnPolicyStates
 from megatron_opdlm.models.build import Qwen3Model
+from megatron_opdlm.models.pipeline import PipelineModel
+from megatron_opdlm.parallel.context_link import ContextLink
 
 
 @torch.no_grad()
-def teacher_hidden_states(teacher: Qwen3Model, micro_batches: list[OnPolicyStates]) -> list[torch.Tensor]:
+def teacher_hidden_states(
+    teacher: PipelineModel, micro_batches: list[OnPolicyStates]
+) -> list[torch.Tensor] | list[None]:
     """For each micro-batch the hidden states `[N, H]` whose outputs predict its N trained positions, in their order.
 
-    A forward-only pass of Megatron's schedule, so all ranks must call it; the last pipeline stage gets the result.
+    N counts those in this rank's part of the sequences.
+    A forward-only pass of Megatron's schedule, so all ranks must call it. Only the last pipeline stage gets them, the
+    others get None for each.
     """
-    return get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=iter(micro_batches),
-        model=teacher,
+    collected = get_forward_backward_func()(
+        forward_step_func=functools.partial(_forward_step, teacher.context),
+        data_iterator=[iter(micro_batches) for _ in teacher.chunks],
+        model=teacher.chunks,
         num_microbatches=len(micro_batches),
         seq_length=max(states.clean_ids_BT.shape[1] for states in micro_batches),
         micro_batch_size=len(micro_batches[0].lengths_B),
         forward_only=True,
         collect_non_loss_data=True,
     )
+    return collected if teacher.is_last_stage else [None] * len(micro_batches)
 
 
-def _forward_step(data_iterator: Iterator[OnPolicyStates], model: Qwen3Model):
+def _forward_step(context: ContextLink, data_iterator: Iterator[OnPolicyStates], model: Qwen3Model):
     states = next(data_iterator)
-    positions_T = torch.arange(states.clean_ids_BT.shape[1], device=states.clean_ids_BT.device)
+    columns = context.columns(states.clean_ids_BT.shape[1])
+    part = states.columns(columns)
+    positions_T = torch.arange(columns.start, columns.stop, device=part.clean_ids_BT.device)
 
     def targets(hidden_TBH: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
-        hidden_BTH = model.whole_sequence(hidden_TBH).transpose(0, 1)
-        return hidden_BTH[predicts_trained_position(states.is_trained_BT)]
+        return outputs_before(model.whole_sequence(hidden_TBH).transpose(0, 1), part.is_trained_BT, context)
 
-    return model(states.clean_ids_BT, positions_T, None), targets
+    return model(part.clean_ids_BT, positions_T, None), targets
 
 
-def predicts_trained_position(is_trained_BT: torch.Tensor) -> torch.Tensor:
-    """The positions just before trained ones. The first position of a sequence is prompt, hence never trained."""
-    assert not is_trained_BT[:, 0].any(), "no output of the teacher predicts the first position"
-    return is_trained_BT.roll(-1, dims=1)
+def outputs_before(hidden_BTH: torch.Tensor, is_trained_BT: torch.Tensor, context: ContextLink) -> torch.Tensor:
+    """The outputs `[N, H]` at the positions just before the N trained ones, in their order.
+
+    Both arguments have this rank's part of the positions. Communicates over the context-parallel group, whose ranks
+    must all call it.
+    """
+    before_BH = context.from_part_before(hidden_BTH[:, -1])
+    rows_N, columns_N = is_trained_BT.nonzero(as_tuple=True)
+    is_first_N = columns_N == 0
+    assert not (context.is_first and is_first_N.any()), "no output of the teacher predicts the first position"
+    targets_NH = hidden_BTH[rows_N, columns_N - 1]
+    targets_NH[is_first_N] = before_BH[rows_N[is_first_N]]
+    return targets_NH

@@ -33,7 +33,7 @@ def score_task_files(config: Config) -> dict[str, dict]:
     results = {}
     for file, (tasks, prompts) in work.items():
         scores, responses = evaluate_student(
-            engine, tasks, prompts, source.tokenizer, max_new_tokens=config.rollout.max_new_tokens, group=groups.dp
+            engine, tasks, prompts, source.tokenizer, max_new_tokens=config.rollout.max_new_tokens, group=groups.dp_cp
         )
         results[file] = {"scores": scores, "rollout": dataclasses.asdict(config.rollout), "responses": responses}
     return results

@@ -24,7 +24,11 @@ from megatron.core.transformer import TransformerConfig
 from megatron_opdlm.config.schema import ParallelConfig
 from megatron_opdlm.models.fp8 import fp8_settings, is_module_state
 from megatron_opdlm.models.layer_specs import LAYERS, default_layers, has_transformer_engine, qwen3_block_spec
-from megatron_opdlm.models.qwen3 import DTYPES, Qwen3Architecture
+from megatron_opdlm.models.pipeline import PipelineModel
+from megatron_opdlm.models.qwen3 import DTYPES, Mixture, Qwen3Architecture
+from megatron_opdlm.parallel.context_link import ContextLink
+from megatron_opdlm.parallel.device import device
+from megatron_opdlm.parallel.stage_link import StageLink
 
 
 class Qwen3Model(GPTModel):
@@ -96,8 +100,8 @@ def build_model(
     overrides: dict,
     fp8_recipe: str = "off",
     fp8_attention: bool = False,
-) -> Qwen3Model:
-    """A model with uninitialised weights on this rank's device. All ranks must call it.
+) -> PipelineModel:
+    """This rank's part of a model, with uninitialised weights, on its device. All ranks must call it.
 
     `padded_vocab_size` is the same for student and teacher, so that their vocabulary shards line up. FP8 must be one
     that `fp8.check_fp8` lets pass.
@@ -109,18 +113,26 @@ def build_model(
         overrides=fp8_settings(fp8_recipe, fp8_attention) | overrides,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Qwen3Model(
-        config,
-        qwen3_block_spec(config, core_attention),
-        vocab_size=padded_vocab_size,
-        max_sequence_length=architecture.max_position_embeddings,
-        pre_process=groups.pp.rank() == 0,
-        post_process=groups.pp.rank() == groups.pp.size() - 1,
-        parallel_output=True,
-        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=architecture.rope_theta,
-    )
+    link = StageLink(groups.pp, device())
+    num_chunks = parallel.virtual_pipeline_model_parallel_size
+    chunks = [
+        Qwen3Model(
+            config,
+            qwen3_block_spec(config, core_attention, vp_stage=place if num_chunks else None),
+            vocab_size=padded_vocab_size,
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=link.is_first_stage and place == 0,
+            post_process=link.is_last_stage and place == (num_chunks or 1) - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rope_theta,
+            vp_stage=place if num_chunks else None,
+        )
+        for place in range(num_chunks or 1)
+    ]
+    shares_experts = architecture.mixture is not None and parallel.expert_model_parallel_size > 1
+    return PipelineModel(chunks, link, ContextLink(groups.cp), groups.tp_ep if shares_experts else None)
 
 
 def transformer_config(
@@ -130,6 +142,9 @@ def transformer_config(
     _check_divisible(architecture, parallel)
     layers = choose_layers(overrides)
     settings = _architecture_settings(architecture) | _runtime_settings(parallel, DTYPES[dtype], layers)
+    settings |= _pipeline_settings(parallel, DTYPES[dtype])
+    if architecture.mixture is not None:
+        settings |= _mixture_settings(architecture.mixture, parallel, layers)
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     if unknown := sorted(set(overrides) - known):
         raise ValueError(f"transformer.{unknown[0]} is not a field of Megatron's TransformerConfig")
@@ -157,13 +172,31 @@ def _architecture_settings(architecture: Qwen3Architecture) -> dict:
         "kv_channels": architecture.head_dim,
         "layernorm_epsilon": architecture.rms_norm_eps,
         "normalization": "RMSNorm",
-        "qk_layernorm": True,
+        "qk_layernorm": architecture.qk_norm,
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": False,
+        "add_qkv_bias": architecture.qkv_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+    }
+
+
+def _mixture_settings(mixture: Mixture, parallel: ParallelConfig, layers: str) -> dict:
+    """The routing of `transformers`: no token is dropped, no loss of its own balances the experts."""
+    return {
+        "num_moe_experts": mixture.num_experts,
+        "moe_router_topk": mixture.num_experts_per_tok,
+        "moe_ffn_hidden_size": mixture.moe_intermediate_size,
+        # A softmax over the chosen experts alone is the one over all, scaled to a sum of one over the chosen.
+        "moe_router_pre_softmax": not mixture.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_expert_capacity_factor": None,
+        "moe_grouped_gemm": layers == "transformer_engine",
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
     }
 
 
@@ -173,8 +206,8 @@ def _runtime_settings(parallel: ParallelConfig, dtype: torch.dtype, layers: str)
         "transformer_impl": layers,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
+        "context_parallel_size": parallel.context_parallel_size,
         "params_dtype": dtype,
-        "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "use_cpu_initialization": not torch.cuda.is_available(),
         # Megatron marks tensor-parallel weights (gradient norms count them once) while it initialises them.
@@ -195,14 +228,64 @@ def _runtime_settings(parallel: ParallelConfig, dtype: torch.dtype, layers: str)
     }
 
 
+def _pipeline_settings(parallel: ParallelConfig, dtype: torch.dtype) -> dict:
+    """How many stages and chunks there are, and how Megatron's schedules exchange activations."""
+    is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return {
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "pipeline_dtype": dtype,
+        # Micro-batches differ in length, so their shapes go ahead of them. The interleaved schedule leaves sends open
+        # while it goes on, and waiting for a shape in between could block it: there `TrainStep` pads all alike.
+        "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1 and not is_interleaved,
+        # Of mixtures of experts alone; but Megatron refuses its default beside variable lengths for dense models too.
+        "moe_token_dispatcher_type": "alltoall",
+        # Batched, the interleaved schedule mixes up what two stages send each other forward and backward.
+        "batch_p2p_comm": not is_interleaved,
+        "overlap_p2p_comm": is_interleaved,
+    }
+
+
 def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
 def _check_divisible(architecture: Qwen3Architecture, parallel: ParallelConfig) -> None:
-    size = parallel.tensor_model_parallel_size
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(architecture, name) % size:
-            raise ValueError(
-                f"parallel.tensor_model_parallel_size ({size}) must divide {name} ({getattr(architecture, name)})"
-            )
+    num_chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    if architecture.num_hidden_layers % num_chunks:
+        raise ValueError(
+            "parallel.pipeline_model_parallel_size x parallel.virtual_pipeline_model_parallel_size "
+            f"({num_chunks}) must divide num_hidden_layers ({architecture.num_hidden_layers})"
+        )
+    size, mixture = parallel.tensor_model_parallel_size, architecture.mixture
+    for name in ("num_attention_heads", "num_key_value_heads", *(["intermediate_size"] if mixture is None else [])):
+        _check_divides("tensor_model_parallel_size", size, name, getattr(architecture, name))
+    heads_by_rank = architecture.num_key_value_heads // size
+    if heads_by_rank % parallel.context_parallel_size:
+        raise ValueError(
+            f"parallel.context_parallel_size ({parallel.context_parallel_size}) must divide num_key_value_heads "
+            f"({architecture.num_key_value_heads}) / parallel.tensor_model_parallel_size ({size}) = {heads_by_rank}"
+        )
+    if mixture is not None:
+        _check_mixture(mixture, parallel)
+
+
+def _check_mixture(mixture: Mixture, parallel: ParallelConfig) -> None:
+    size, expert_size = parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size
+    if torch.cuda.is_available() and not has_transformer_engine():  # Megatron-Core 0.16's routers call it
+        raise ValueError('a mixture of experts needs Transformer Engine; try pip install "megatron-opdlm[te]"')
+    if size > 1 and not parallel.sequence_parallel:
+        raise ValueError(
+            "parallel.sequence_parallel (false) must be true for a mixture of experts under "
+            f"parallel.tensor_model_parallel_size ({size})"
+        )
+    _check_divides(
+        "expert_model_parallel_size", parallel.expert_model_parallel_size, "num_experts", mixture.num_experts
+    )
+    setting = "tensor_model_parallel_size" if expert_size is None else "expert_tensor_parallel_size"
+    _check_divides(setting, expert_size or size, "moe_intermediate_size", mixture.moe_intermediate_size)
+
+
+def _check_divides(setting: str, size: int, name: str, value: int) -> None:
+    if value % size:
+        raise ValueError(f"parallel.{setting} ({size}) must divide {name} ({value})")

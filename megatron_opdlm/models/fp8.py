@@ -16,6 +16,7 @@ Not yet run on a GPU; written against Transformer Engine 2.9 to 2.20 and Megatro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ LOWEST_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0
 LOWEST_CUDA = {"delayed": (12, 1), "tensorwise": (12, 1), "blockwise": (12, 9)}
 """Compute capability and CUDA version by recipe: `check_fp8_support` and `check_fp8_block_scaling_support` in
 transformer_engine/pytorch/quantization.py."""
+
+_MODULE_STATE = re.compile(r"_extra_state\d*$")  # numbered where a module holds several experts
 
 DIRECTIONS = ("scaling_fwd", "scaling_bwd")
 FIELDS = ("scale", "amax_history")
@@ -105,14 +108,20 @@ def _layers_refusal(transformer_impl: str, machine: Machine) -> str | None:
 
 def _shape_refusal(recipe: str, architecture: Qwen3Architecture, parallel: ParallelConfig) -> str | None:
     """Sides of the weight matrices on one rank. Under sequence parallelism blockwise parts travel in whole blocks."""
+    if recipe == "delayed" and architecture.mixture is not None:
+        return "needs a dense model: the scales of a layer with several experts could not be saved"
     size, dim = parallel.tensor_model_parallel_size, architecture.head_dim
     heads, groups = architecture.num_attention_heads, architecture.num_key_value_heads
     sides = {
         "hidden_size": (architecture.hidden_size, 128 if recipe == "blockwise" and parallel.sequence_parallel else 16),
         "num_attention_heads x head_dim": (heads * dim // size, 16),
         "(num_attention_heads + 2 num_key_value_heads) x head_dim": ((heads + 2 * groups) * dim // size, 16),
-        "intermediate_size": (architecture.intermediate_size // size, 16),
     }
+    if architecture.mixture is None:
+        sides["intermediate_size"] = architecture.intermediate_size // size, 16
+    else:
+        expert_size = parallel.expert_tensor_parallel_size or size
+        sides["moe_intermediate_size"] = architecture.mixture.moe_intermediate_size // expert_size, 16
     for name, (side, multiple) in sides.items():
         if side % multiple:
             return f"needs {name}, {side} on each of {size} tensor-parallel ranks, to be a multiple of {multiple}"
@@ -160,7 +169,7 @@ def is_module_state(key: str) -> bool:
     Checkpoints leave it out: it holds pickled objects, which Transformer Engine 2.18 refuses to load, and a checkpoint
     with it would fit only the kind of layers that wrote it. `scaling_state` has what matters of it.
     """
-    return key.endswith("_extra_state")
+    return _MODULE_STATE.search(key) is not None
 
 
 def scaling_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

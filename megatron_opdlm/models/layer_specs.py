@@ -1,4 +1,4 @@
-"""Which module stands where in a Qwen3 layer of Megatron, with a core attention of choice.
+"""Which module stands where in a layer of Megatron, with a core attention of choice.
 
 Two kinds of layers, chosen by `config.transformer_impl`. Megatron's local ones, with our RMSNorm, run anywhere. Those
 of Transformer Engine fuse the norms before attention and MLP into the linear layer behind them, and have FP8. The
@@ -34,27 +34,41 @@ def qwen3_block_spec(
     config: TransformerConfig, core_attention: Callable, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage. `core_attention` is called with Megatron's keyword arguments."""
-    layer, norm = LAYERS[config.transformer_impl]()
+    layer, norm = LAYERS[config.transformer_impl](config.qk_layernorm, config.num_moe_experts)
     layer.submodules.self_attention.submodules.core_attention = core_attention
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
     )
 
 
-def _local_layer() -> tuple[ModuleSpec, type]:
-    layer = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
-    attention = layer.submodules.self_attention.submodules
+def _local_layer(qk_layernorm: bool, num_experts: int | None) -> tuple[ModuleSpec, type]:
+    layer = gpt_layer_specs.get_gpt_layer_local_spec(
+        num_experts=num_experts, qk_layernorm=qk_layernorm, normalization="RMSNorm"
+    )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if num_experts is not None:
+        # No linear layer follows the norm before a router, so with Transformer Engine too it stands by itself, and the
+        # checkpoints of both have it under its own name.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    if qk_layernorm:
+        attention = layer.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     return layer, RMSNorm
 
 
-def _transformer_engine_layer() -> tuple[ModuleSpec, type]:
-    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True), gpt_layer_specs.TENorm
+def _transformer_engine_layer(qk_layernorm: bool, num_experts: int | None) -> tuple[ModuleSpec, type]:
+    """All experts of a rank in one grouped product."""
+    layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+        num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=qk_layernorm
+    )
+    return layer, gpt_layer_specs.TENorm
 
 
-LAYERS: dict[str, Callable[[], tuple[ModuleSpec, type]]] = {
+LAYERS: dict[str, Callable[[bool, int | None], tuple[ModuleSpec, type]]] = {
     "local": _local_layer,
     "transformer_engine": _transformer_engine_layer,
 }
-"""`transformer_impl` -> a function that makes the layer and the norm behind the last one."""
+"""`transformer_impl` -> a function that makes the layer, and the norm behind the last one.
+
+It takes `qk_layernorm` and the number of experts, which is None in a dense model.
+"""

@@ -1,10 +1,19 @@
-"""The shape of a Qwen3, read from a Hugging Face `config.json`.
+"""The shape of a Qwen3 or a relative of it, read from a Hugging Face `config.json`.
 
     architecture = read_architecture(Path("Qwen3-0.6B"))
     architecture.num_hidden_layers, architecture.head_dim
 
-Field names are Hugging Face's. Everything this project cannot reproduce exactly (RoPE scaling, attention bias, sliding
-windows, other activations) is refused here, with the key that says so.
+Field names are Hugging Face's. Four families share these tensors, by `model_type`:
+
+- `qwen3`: norms on queries and keys, no bias;
+- `qwen3_moe`: a Qwen3 with a mixture of experts in place of every MLP;
+- `qwen2` (Qwen2.5 too): biases on the query, key and value projections, no norms, often no `head_dim`;
+- `sdar` (SDAR, and TraDo made from it): a Qwen3 that denoises blocks already. Its config has Qwen3's keys, with untied
+  embeddings. Some name a `mask_token_id` (SDAR-1.7B-Chat's in github.com/hxhcreate/DARE), some do not
+  (huggingface.co/JetLM/SDAR-4B-Chat); the tokenizer has it as `<|MASK|>`, id 151669.
+
+Everything this project cannot reproduce exactly (RoPE scaling, other biases, sliding windows, other activations) is
+refused here, with the key that says so.
 """
 
 from __future__ import annotations
@@ -19,8 +28,21 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """The experts that stand in place of every MLP, and how a token finds its own."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    """A token goes to as many, those that its router gives the highest probabilities."""
+    moe_intermediate_size: int
+    """Of one expert; `intermediate_size` then has no tensor."""
+    norm_topk_prob: bool
+    """The probabilities of a token's experts are scaled to a sum of one before they weigh the outputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Qwen3Architecture:
-    """What decides the tensors of a dense Qwen3 and how they are used."""
+    """What decides the tensors of a model and how they are used."""
 
     hidden_size: int
     intermediate_size: int
@@ -38,6 +60,14 @@ class Qwen3Architecture:
     """Number format of the tensors in the folder."""
     mask_token_id: int | None = None
     """Set in the config of a block-diffusion student."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections."""
+    qk_norm: bool = True
+    """An RMSNorm over each head's query and key."""
+    is_block_diffusion: bool = False
+    """The family denoises blocks already, so it is no autoregressive teacher."""
+    mixture: Mixture | None = None
+    """None in a dense model."""
 
     def with_mask_token(self, mask_token_id: int) -> Qwen3Architecture:
         """The student's architecture: the vocabulary grows only if the mask token has no row yet."""
@@ -59,7 +89,17 @@ _REQUIRED = {
     "rms_norm_eps": float,
     "max_position_embeddings": int,
 }
-_ONLY = {"model_type": "qwen3", "hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
+_FAMILIES = {
+    "qwen3": {},
+    "qwen3_moe": {},
+    "qwen2": {"qkv_bias": True, "qk_norm": False},
+    "sdar": {"is_block_diffusion": True},
+}
+"""`model_type` -> what of the architecture its config does not spell out."""
+_ONLY = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
+"""Keys that have one supported value, which is also their default. A `qwen2` has no `attention_bias`."""
+_ONLY_OF_MIXTURES = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+"""The same in a `qwen3_moe`: every layer has experts."""
 
 
 def read_config_json(folder: Path) -> dict:
@@ -80,15 +120,15 @@ def read_architecture(folder: Path) -> Qwen3Architecture:
     """Reads and checks `folder/config.json`. ValueError names the file, the key, its value and the rule."""
     path = Path(folder) / "config.json"
     values = read_config_json(folder)
-    for key, expected in _ONLY.items():
-        found = values.get(key, expected if key != "model_type" else None)
-        if found != expected:
+    family = values.get("model_type")
+    if family not in _FAMILIES:
+        raise ValueError(f"{path}: model_type is {family!r}; it must be one of {', '.join(_FAMILIES)}")
+    is_mixture = family == "qwen3_moe"
+    for key, expected in (_ONLY | (_ONLY_OF_MIXTURES if is_mixture else {})).items():
+        if (found := values.get(key, expected)) != expected:
             raise ValueError(f"{path}: {key} is {found!r}; only {expected!r} is supported")
     for key, kind in _REQUIRED.items():
-        if key not in values:
-            raise ValueError(f"{path}: {key} is missing")
-        if isinstance(values[key], bool) or not isinstance(values[key], (int, kind)) or values[key] <= 0:
-            raise ValueError(f"{path}: {key} must be a positive {kind.__name__}, not {values[key]!r}")
+        _check_positive(path, values, key, kind)
     architecture = Qwen3Architecture(
         **{key: kind(values[key]) for key, kind in _REQUIRED.items()},
         head_dim=int(values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]),
@@ -96,9 +136,38 @@ def read_architecture(folder: Path) -> Qwen3Architecture:
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
         dtype=_dtype(path, values),
         mask_token_id=values.get("mask_token_id"),
+        mixture=_mixture(path, values) if is_mixture else None,
+        **_FAMILIES[family],
     )
     _check_heads(path, architecture)
     return architecture
+
+
+def _check_positive(path: Path, values: dict, key: str, kind: type) -> None:
+    if key not in values:
+        raise ValueError(f"{path}: {key} is missing")
+    if isinstance(values[key], bool) or not isinstance(values[key], (int, kind)) or values[key] <= 0:
+        raise ValueError(f"{path}: {key} must be a positive {kind.__name__}, not {values[key]!r}")
+
+
+def _mixture(path: Path, values: dict) -> Mixture:
+    """`router_aux_loss_coef` is left alone: a student learns its routing from the divergence as all the rest."""
+    # transformers 5 writes the first name, what is published has the second
+    num_experts = "num_local_experts" if "num_local_experts" in values else "num_experts"
+    for key in (num_experts, "num_experts_per_tok", "moe_intermediate_size"):
+        _check_positive(path, values, key, int)
+    mixture = Mixture(
+        num_experts=values[num_experts],
+        num_experts_per_tok=values["num_experts_per_tok"],
+        moe_intermediate_size=values["moe_intermediate_size"],
+        norm_topk_prob=bool(values.get("norm_topk_prob", False)),
+    )
+    chosen = mixture.num_experts_per_tok
+    if not 2 <= chosen <= mixture.num_experts:
+        raise ValueError(
+            f"{path}: num_experts_per_tok ({chosen}) must lie between 2 and {num_experts} ({mixture.num_experts})"
+        )
+    return mixture
 
 
 def _rope_theta(path: Path, values: dict) -> float:

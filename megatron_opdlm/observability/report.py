@@ -29,7 +29,7 @@ CURVES = {
 }
 """Metric -> title and explanation of its curve."""
 
-PHASES = ("rollout", "teacher", "student", "optimizer")
+PHASES = ("rollout", "balance", "teacher", "student", "optimizer", "checkpoint")
 
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --text: #1c1f23; --quiet: #5d646d; --line: #dfe3e8; }

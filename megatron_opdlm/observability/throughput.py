@@ -29,21 +29,40 @@ class ModelShape:
     num_query_groups: int
     head_dim: int
     ffn_hidden_size: int
+    """Of one expert, where there are several."""
     vocab_size: int
+    num_experts: int = 1
+    """Of each layer. One, the MLP, has no router."""
+    num_experts_per_token: int = 1
+    has_qk_norm: bool = True
+    has_qkv_bias: bool = False
 
 
 def matrix_weights_per_layer(shape: ModelShape) -> int:
-    """Weights of the matrices of one layer: query, key, value and output projections, and the gated MLP's three."""
+    """Weights of the matrices of one layer that a token meets: query, key, value and output projections, the three of
+    the gated MLP or of each of the token's experts, and the router."""
     query_heads, key_value_heads = shape.num_attention_heads, 2 * shape.num_query_groups
     attention = (2 * query_heads + key_value_heads) * shape.head_dim * shape.hidden_size
-    return attention + 3 * shape.hidden_size * shape.ffn_hidden_size
+    router = shape.num_experts if shape.num_experts > 1 else 0
+    return attention + shape.hidden_size * (3 * shape.num_experts_per_token * shape.ffn_hidden_size + router)
 
 
 def num_parameters(shape: ModelShape, tied_embeddings: bool) -> int:
-    """All parameters of a Qwen3 of this shape, norms and embeddings included: the N of the paper's account."""
-    norms_per_layer = 2 * shape.hidden_size + 2 * shape.head_dim
+    """All parameters of a model of this shape, norms, biases and embeddings included."""
+    idle_experts = shape.num_experts - shape.num_experts_per_token
+    idle = 3 * shape.num_layers * idle_experts * shape.hidden_size * shape.ffn_hidden_size
+    return num_active_parameters(shape, tied_embeddings) + idle
+
+
+def num_active_parameters(shape: ModelShape, tied_embeddings: bool) -> int:
+    """The parameters that one token meets, all of them in a dense model: the N of the paper's account."""
+    vectors_per_layer = 2 * shape.hidden_size
+    if shape.has_qk_norm:
+        vectors_per_layer += 2 * shape.head_dim
+    if shape.has_qkv_bias:
+        vectors_per_layer += (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.head_dim
     embeddings = (1 if tied_embeddings else 2) * shape.vocab_size * shape.hidden_size
-    layers = shape.num_layers * (matrix_weights_per_layer(shape) + norms_per_layer)
+    layers = shape.num_layers * (matrix_weights_per_layer(shape) + vectors_per_layer)
     return layers + shape.hidden_size + embeddings
 
 

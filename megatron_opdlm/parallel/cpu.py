@@ -16,6 +16,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -118,8 +119,35 @@ def _patch_tensors() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
 
 
+def _gather_uneven(mappings: ModuleType) -> None:
+    """Gloo gathers and scatters pieces of one size only; uneven ones are filled up to the longest on their way."""
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def filled(piece: torch.Tensor, length: int) -> torch.Tensor:
+        return torch.cat([piece, piece.new_zeros(length - len(piece), *piece.shape[1:])])
+
+    def gather_any(piece: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return gather(piece, group, sizes, *args)
+        gathered = gather(filled(piece, max(sizes)), group).split(max(sizes))
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+    def reduce_scatter_any(whole: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return reduce_scatter(whole, group, sizes, *args)
+        parts = [filled(part, max(sizes)) for part in whole.split(list(sizes))]
+        return reduce_scatter(torch.cat(parts), group)[: sizes[group.rank()]]
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_any, reduce_scatter_any
+
+
+def _as_on_the_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's function makes an array only of what it had to move; collectives take no tensor for it."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _patch_megatron() -> None:
-    """Random states, and an Adam with the contract that Megatron's distributed optimizer and checkpoints assume.
+    """Random states, experts, an Adam with the contract that Megatron's distributed optimizer and checkpoints assume.
 
     With torch.optim.Adam, Megatron-Core 0.16.1 and 0.19.2 lose or share the per-parameter `step` when a checkpoint is
     loaded (https://github.com/NVIDIA/Megatron-LM, core/optimizer/distrib_optimizer.py); our Adam, like Transformer
@@ -130,9 +158,15 @@ def _patch_megatron() -> None:
         import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  it warns too
         import megatron.core.optimizer as optimizer
         import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
+        import megatron.core.tensor_parallel.mappings as mappings
         import megatron.core.tensor_parallel.random as random
+        import megatron.core.transformer.moe.moe_utils as mixture
+        import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    _gather_uneven(mappings)
+    dispatcher.maybe_move_tensor_to_cpu = _as_on_the_cpu
+    mixture.te_general_gemm = None  # routers look for it, but it has no value where Transformer Engine is absent
     optimizer.Adam = distributed_optimizer.Adam = Adam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distributed_optimizer.HAVE_APEX_OR_TE = distributed_optimizer.USING_TE_OPTIMIZER = True

@@ -27,7 +27,14 @@ def initialize(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:
     if not dist.is_initialized():
         _initialize_world(parallel)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(parallel.tensor_model_parallel_size)
+        parallel_state.initialize_model_parallel(
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        )
     # Initial weights are always loaded, so equal seeds on all ranks serve; no dropout anywhere.
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

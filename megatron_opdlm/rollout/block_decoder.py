@@ -11,11 +11,15 @@ The algorithm:
 The forward that takes the first step of a block is the one that writes the clean block before it into the cache, so no
 forward is spent on committing alone, and none follows the last block. Sequences in different phases share a forward.
 
+Under pipeline parallelism the sequences form groups that take turns (`rollout.turns`): while the next stage works on
+one group, this stage works on another. The last stage draws and tells the others, so all commit the same.
+
 Legend: `B` sequences of the batch, `A` of them active, `K` block, `L` cache length, `M` masked positions, `S` steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +27,17 @@ import torch
 from megatron_opdlm.config.schema import RolloutConfig
 from megatron_opdlm.data.special_tokens import SpecialTokens
 from megatron_opdlm.diffusion.blocks import block_start, commit_schedule, round_up_to_grid
+from megatron_opdlm.diffusion.logit_shift import predicting_outputs
 from megatron_opdlm.diffusion.remasking import select_commits
 from megatron_opdlm.diffusion.trajectory import Trajectory
-from megatron_opdlm.models.build import Qwen3Model
+from megatron_opdlm.models.pipeline import PipelineModel
+from megatron_opdlm.parallel.device import device
+from megatron_opdlm.parallel.stage_link import Shared
 from megatron_opdlm.rollout.forward import cached_forward, whole_logits
 from megatron_opdlm.rollout.kv_cache import KeyValueCache, QueryTokens, attached
-from megatron_opdlm.rollout.token_sampling import draw_tokens
+from megatron_opdlm.rollout.rounds import begin_round
+from megatron_opdlm.rollout.token_sampling import Draws, draw_tokens
+from megatron_opdlm.rollout.turns import Work, take_turns
 
 PREFILL_TOKENS = 16384
 """Rows times longest prompt of one prefill forward: bounds its attention mask and activations."""
@@ -50,87 +59,113 @@ class DecodingRequest:
 class BlockDecoder:
     """The state of a batch of sequences while it is decoded.
 
-    `decode()` runs under the caller's no_grad; all ranks of a tensor-parallel group must decode the same requests.
+    `decode()` runs under the caller's no_grad; all ranks of a tensor- and of a pipeline-parallel group must decode the
+    same requests.
     """
 
     def __init__(
-        self, model: Qwen3Model, requests: list[DecodingRequest], rollout: RolloutConfig, special: SpecialTokens
+        self, model: PipelineModel, requests: list[DecodingRequest], rollout: RolloutConfig, special: SpecialTokens
     ) -> None:
         self.model, self.requests, self.rollout, self.special = model, requests, rollout, special
         block_size = rollout.block_size
-        device = model.output_weight.device
+        self.device = device()
         prompt_lengths = [len(request.prompt_ids) for request in requests]
         ends = [
             round_up_to_grid(length + request.max_new_tokens, block_size)
             for length, request in zip(prompt_lengths, requests, strict=True)
         ]
-        self.prompt_lengths_B = torch.tensor(prompt_lengths, device=device)
-        self.ends_B = torch.tensor(ends, device=device)
-        self.ids_BL = torch.full((len(requests), max(ends)), special.mask_token_id, device=device)
+        self.prompt_lengths_B = torch.tensor(prompt_lengths, device=self.device)
+        self.ends_B = torch.tensor(ends, device=self.device)
+        self.ids_BL = torch.full((len(requests), max(ends)), special.mask_token_id, device=self.device)
         for row, request in enumerate(requests):
-            self.ids_BL[row, : len(request.prompt_ids)] = torch.tensor(request.prompt_ids, device=device)
-        self.is_masked_BL = torch.arange(max(ends), device=device) >= self.prompt_lengths_B[:, None]
+            self.ids_BL[row, : len(request.prompt_ids)] = torch.tensor(request.prompt_ids, device=self.device)
+        self.is_masked_BL = torch.arange(max(ends), device=self.device) >= self.prompt_lengths_B[:, None]
         self.step_map_BL = torch.zeros_like(self.ids_BL)
-        self.log_probs_BL = torch.zeros(self.ids_BL.shape, device=device)
+        self.log_probs_BL = torch.zeros(self.ids_BL.shape, device=self.device)
         self.block_start_B = block_start(self.prompt_lengths_B, block_size)
         self.step_B = torch.zeros_like(self.prompt_lengths_B)
         self.previous_is_fresh_B = torch.zeros_like(self.prompt_lengths_B, dtype=torch.bool)
         self.is_active_B = torch.ones_like(self.previous_is_fresh_B)
         self.uniforms_BSK = torch.zeros(
-            len(requests), rollout.denoising_steps_per_block, block_size, dtype=torch.float64, device=device
+            len(requests), rollout.denoising_steps_per_block, block_size, dtype=torch.float64, device=self.device
         )
-        self.schedule_S = commit_schedule(block_size, rollout.denoising_steps_per_block, device)
-        self.end_ids = torch.tensor(special.end_token_ids, device=device)
-        self.offsets_K = torch.arange(block_size, device=device)
+        self.schedule_S = commit_schedule(block_size, rollout.denoising_steps_per_block, self.device)
+        self.end_ids = torch.tensor(special.end_token_ids, device=self.device)
+        self.offsets_K = torch.arange(block_size, device=self.device)
         self.num_forwards = 0
+        self.output_before_BH: torch.Tensor | None = None
+        """The last stage's output at the position before each row's block, where the logits are shifted."""
 
     def decode(self) -> list[Trajectory]:
         """The trajectories of the requests, in their order."""
         cache = KeyValueCache(len(self.requests), self.ids_BL.shape[1], self.rollout.block_size)
         with attached(self.model, cache):
-            self._prefill(cache)
-            rows_A = torch.arange(len(self.requests), device=self.ids_BL.device)
-            self._draw_uniforms(rows_A)
-            while len(rows_A):
-                self._denoise(cache, rows_A)
-                self._advance(rows_A)
-                rows_A = rows_A[self.is_active_B[rows_A]]
+            take_turns(self._prefill(cache, rows_A) for rows_A in self._prefill_batches())
+            take_turns(self._decode_group(cache, rows_A) for rows_A in self._groups())
         return [self._trajectory(row) for row in range(len(self.requests))]
 
-    def _prefill(self, cache: KeyValueCache) -> None:
-        """Caches the whole blocks of the prompts, rows of similar length together."""
-        lengths = self.block_start_B.tolist()
+    def _prefill_batches(self) -> list[torch.Tensor]:
+        """The rows whose prompts have whole blocks, those of similar length together."""
+        lengths, batches = self.block_start_B.tolist(), []
         rows = sorted((row for row in range(len(lengths)) if lengths[row]), key=lambda row: lengths[row])
         while rows:
             num_rows = max(1, min(len(rows), PREFILL_TOKENS // lengths[rows[-1]]))
-            rows, group = rows[:-num_rows], rows[-num_rows:]
-            rows_A = torch.tensor(sorted(group), device=self.ids_BL.device)
-            columns = torch.arange(lengths[group[-1]], device=rows_A.device)
-            self._forward(cache, rows_A, columns < self.block_start_B[rows_A, None], torch.zeros_like(rows_A))
+            rows, batch = rows[:-num_rows], rows[-num_rows:]
+            batches.append(torch.tensor(sorted(batch), device=self.device))
+        return batches
+
+    def _prefill(self, cache: KeyValueCache, rows_A: torch.Tensor) -> Work:
+        """Caches the whole blocks of the rows' prompts."""
+        ends_A = self.block_start_B[rows_A]
+        is_read = torch.arange(int(ends_A.max()), device=self.device) < ends_A[:, None]
+        hidden_TH = yield from self._forward(cache, rows_A, is_read, torch.zeros_like(rows_A))
+        self._keep_outputs_before(rows_A, hidden_TH, is_read.sum(1).cumsum(0) - 1)
+
+    def _groups(self) -> list[torch.Tensor]:
+        """The rows that share forwards. Neighbours, which are of similar length, go to different groups."""
+        rows = torch.arange(len(self.requests), device=self.device)
+        num_groups = min(self.rollout.pipeline_micro_groups or self.model.link.num_stages, len(rows))
+        return [rows[first::num_groups] for first in range(num_groups)]
+
+    def _decode_group(self, cache: KeyValueCache, rows_A: torch.Tensor) -> Work:
+        """Denoises block after block of the rows, until the last of them is done."""
+        self._draw_uniforms(rows_A)
+        while len(rows_A):
+            yield from self._denoise(cache, rows_A)
+            self._advance(rows_A)
+            rows_A = rows_A[self.is_active_B[rows_A]]
 
     def _forward(
         self, cache: KeyValueCache, rows_A: torch.Tensor, is_read: torch.Tensor, start_A: torch.Tensor
-    ) -> torch.Tensor:
-        """Hidden states `[T, H]` of the positions `start + column` of each row where `is_read [A, columns]`."""
+    ) -> Generator[None, None, torch.Tensor | None]:
+        """Hidden states `[T, H]` of the positions `start + column` of each row where `is_read [A, columns]`.
+
+        On the last pipeline stage, None on the others.
+        """
         row_index, column = is_read.nonzero(as_tuple=True)
         rows_T = rows_A[row_index]
         positions_T = column + start_A[row_index]
         self.num_forwards += 1
-        return cached_forward(self.model, cache, QueryTokens(self.ids_BL[rows_T, positions_T], rows_T, positions_T))
+        begin_round(self.model)
+        tokens = QueryTokens(self.ids_BL[rows_T, positions_T], rows_T, positions_T)
+        return (yield from cached_forward(self.model, cache, tokens))
 
-    def _denoise(self, cache: KeyValueCache, rows_A: torch.Tensor) -> None:
-        """One denoising step of every active row: forward, draw, commit."""
+    def _denoise(self, cache: KeyValueCache, rows_A: torch.Tensor) -> Work:
+        """One denoising step of every given row: forward, draw, commit."""
         block_size, schedule_S = self.rollout.block_size, self.schedule_S
         positions_AK = self.block_start_B[rows_A, None] + self.offsets_K
         is_masked_AK = self.is_masked_BL[rows_A[:, None], positions_AK]
         step_A = self.step_B[rows_A]
         previous_AK = self.previous_is_fresh_B[rows_A, None].expand_as(is_masked_AK)
         is_read = torch.cat([previous_AK, torch.ones_like(previous_AK)], dim=1)
-        hidden_TH = self._forward(cache, rows_A, is_read, self.block_start_B[rows_A] - block_size)
-        is_drawn = torch.cat([torch.zeros_like(is_masked_AK), is_masked_AK], dim=1)[is_read]
-        logits_MV = whole_logits(self.model, hidden_TH[is_drawn], self.special.vocab_size, self.special.mask_token_id)
-        draws = draw_tokens(logits_MV, self.uniforms_BSK[rows_A, step_A][is_masked_AK], self.rollout)
-        log_probs_AK = torch.full(is_masked_AK.shape, float("-inf"), device=logits_MV.device)
+        hidden_TH = yield from self._forward(cache, rows_A, is_read, self.block_start_B[rows_A] - block_size)
+        hidden_MH = self._predicting_outputs(rows_A, hidden_TH, is_read, is_masked_AK)
+        uniforms_M = self.uniforms_BSK[rows_A, step_A][is_masked_AK]
+        shared = self._draw(hidden_MH, uniforms_M)
+        if self.model.link.num_stages > 1:
+            yield
+        draws = _received(shared)
+        log_probs_AK = torch.full(is_masked_AK.shape, float("-inf"), device=self.device)
         log_probs_AK[is_masked_AK] = draws.log_probs_N
         is_committed_AK = select_commits(
             self.rollout.remasking_strategy,
@@ -141,6 +176,38 @@ class BlockDecoder:
             step_A == len(schedule_S) - 1,
         )
         self._commit(rows_A, positions_AK, is_masked_AK, is_committed_AK, draws.ids_N, log_probs_AK)
+
+    def _predicting_outputs(
+        self, rows_A: torch.Tensor, hidden_TH: torch.Tensor | None, is_read: torch.Tensor, is_masked_AK: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The outputs `[M, H]` that predict the masked positions, on the last pipeline stage."""
+        if hidden_TH is None:
+            return None
+        block_size, is_fresh_A = self.rollout.block_size, self.previous_is_fresh_B[rows_A]
+        ends_A = is_read.sum(1).cumsum(0)
+        self._keep_outputs_before(rows_A[is_fresh_A], hidden_TH, ends_A[is_fresh_A] - block_size - 1)
+        own_AKH = hidden_TH[ends_A[:, None] - block_size + self.offsets_K]
+        before_AH = None if self.output_before_BH is None else self.output_before_BH[rows_A]
+        return predicting_outputs(own_AKH, before_AH, self.rollout.logit_shift)[is_masked_AK]
+
+    def _keep_outputs_before(
+        self, rows_A: torch.Tensor, hidden_TH: torch.Tensor | None, places_A: torch.Tensor
+    ) -> None:
+        """Keeps the outputs at these places of the list: later steps of the block do not read that position again."""
+        if self.rollout.logit_shift == "next_token" and hidden_TH is not None:
+            if self.output_before_BH is None:
+                self.output_before_BH = hidden_TH.new_zeros(len(self.requests), hidden_TH.shape[1])
+            self.output_before_BH[rows_A] = hidden_TH[places_A]
+
+    def _draw(self, hidden_MH: torch.Tensor | None, uniforms_M: torch.Tensor) -> Shared:
+        """Begins to tell all pipeline stages what the last one, which has the hidden states, draws."""
+        if hidden_MH is None:
+            drawn = torch.empty(2, len(uniforms_M), dtype=torch.float64, device=self.device)
+        else:
+            logits_MV = whole_logits(self.model, hidden_MH, self.special.vocab_size, self.special.mask_token_id)
+            draws = draw_tokens(logits_MV, uniforms_M, self.rollout)
+            drawn = torch.stack([draws.ids_N.double(), draws.log_probs_N.double()])  # float64 holds both exactly
+        return self.model.link.share(drawn)
 
     def _commit(
         self,
@@ -203,3 +270,8 @@ class BlockDecoder:
             stop_reason="end_token" if has_ended else "length",
             domain=request.domain,
         )
+
+
+def _received(shared: Shared) -> Draws:
+    ids_M, log_probs_M = shared.wait()
+    return Draws(ids_M.long(), log_probs_M.float())

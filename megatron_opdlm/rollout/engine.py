@@ -6,6 +6,7 @@ trajectories = engine.generate([RolloutTask(prompt, max_new_tokens=256)], step=3
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,9 @@ from megatron_opdlm.data.prompts import Prompt
 from megatron_opdlm.data.special_tokens import SpecialTokens
 from megatron_opdlm.diffusion.randomness import sequence_generator
 from megatron_opdlm.diffusion.trajectory import Trajectory
-from megatron_opdlm.models.build import Qwen3Model
+from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.rollout.block_decoder import BlockDecoder, DecodingRequest
+from megatron_opdlm.rollout.rounds import keep_company
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,24 @@ class RolloutTask:
 class RolloutEngine:
     """Decodes prompts with the student as it is at the time of the call."""
 
-    def __init__(self, model: Qwen3Model, rollout: RolloutConfig, special: SpecialTokens, seed: int) -> None:
+    def __init__(self, model: PipelineModel, rollout: RolloutConfig, special: SpecialTokens, seed: int) -> None:
         self.model = model
         self.rollout = rollout
         self.special = special
         self.seed = seed
         self.num_forwards = 0
+        self.pipeline_bubble: float | None = None
+        """Of the latest rollout, the share of the pipeline stages' time in which they waited for another stage."""
 
     @torch.no_grad()
     def generate(self, tasks: list[RolloutTask], step: int) -> list[Trajectory]:
-        """One trajectory per task, in their order. All ranks of a tensor-parallel group pass the same tasks."""
+        """One trajectory per task, in their order.
+
+        All ranks of a tensor- and of a pipeline-parallel group pass the same tasks. Ranks that share experts must all
+        call it, with any number of tasks, also none.
+        """
+        link, started = self.model.link, time.perf_counter()
+        link.clock.take()
         requests = [self._request(task, step) for task in tasks]
         longest_first = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))
         trajectories: dict[int, Trajectory] = {}
@@ -50,6 +60,9 @@ class RolloutEngine:
             decoder = BlockDecoder(self.model, [requests[index] for index in batch], self.rollout, self.special)
             trajectories |= dict(zip(batch, decoder.decode(), strict=True))
             self.num_forwards += decoder.num_forwards
+        keep_company(self.model, self.rollout.block_size)
+        if link.num_stages > 1:
+            self.pipeline_bubble = link.idle_share(time.perf_counter() - started)
         return [trajectories[index] for index in range(len(requests))]
 
     def _request(self, task: RolloutTask, step: int) -> DecodingRequest:

@@ -5,7 +5,7 @@ length and in any phase share it and no linear layer sees padding. The cache is 
 
     cache = KeyValueCache(num_rows=2, max_length=16, block_size=4)
     with attached(model, cache):
-        hidden = cached_forward(model, cache, tokens)       # rollout.forward
+        hidden = yield from cached_forward(model, cache, tokens)       # rollout.forward
 
 A token attends to its row's cached tokens of its own block and of earlier blocks. The entries of a block are
 overwritten by each denoising step, and a last time, by its clean tokens, when the next block begins.
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from megatron_opdlm.diffusion.attention_pattern import may_attend
 from megatron_opdlm.models.attention.core_attention import BlockDiffusionCoreAttention
-from megatron_opdlm.models.build import Qwen3Model
+from megatron_opdlm.models.pipeline import PipelineModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,10 @@ class QueryTokens:
 
 
 class KeyValueCache:
-    """Post-RoPE keys and values `[rows, max_length, G, D]` of each layer, made when the layer first writes."""
+    """Post-RoPE keys and values `[rows, max_length, G, D]` of each layer of this pipeline stage.
+
+    A layer's are made when it first writes.
+    """
 
     def __init__(self, num_rows: int, max_length: int, block_size: int) -> None:
         self.num_rows = num_rows
@@ -114,7 +117,7 @@ class KeyValueCache:
 
 
 @contextmanager
-def attached(model: Qwen3Model, cache: KeyValueCache) -> Iterator[None]:
+def attached(model: PipelineModel, cache: KeyValueCache) -> Iterator[None]:
     """While it lasts, the student's core attention decodes against `cache`."""
     cores = [module for module in model.modules() if isinstance(module, BlockDiffusionCoreAttention)]
     assert cores, "only a student has block-diffusion attention to attach a cache to"

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_opdlm.config.schema import OptimizerConfig as Settings
-from megatron_opdlm.models.build import Qwen3Model
+from megatron_opdlm.models.pipeline import PipelineModel
 
 
 @dataclass(frozen=True)
 class TrainableStudent:
     """The student as Megatron trains it."""
 
-    model: Qwen3Model
+    model: PipelineModel
     """The model itself: what decodes."""
-    wrapped: DistributedDataParallel
-    """What Megatron's schedule runs."""
+    wrapped: list[DistributedDataParallel]
+    """Its chunks as Megatron's schedules run them."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
 
-def make_trainable(model: Qwen3Model, settings: Settings, num_optimizer_steps: int) -> TrainableStudent:
+def make_trainable(model: PipelineModel, settings: Settings, num_optimizer_steps: int) -> TrainableStudent:
     """Wraps the student. All ranks must call it. ValueError where no fused Adam is installed on a GPU machine.
 
     `num_optimizer_steps` of the whole run is the cosine's length unless `optimizer.lr_decay_steps` gives another.
@@ -37,13 +36,10 @@ def make_trainable(model: Qwen3Model, settings: Settings, num_optimizer_steps: i
             'resume exactly; install one, e.g. pip install "megatron-opdlm[te]"'
         )
     config, is_bf16 = model.config, model.config.bf16
-    wrapped = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            use_distributed_optimizer=True, grad_reduce_in_fp32=is_bf16, check_for_nan_in_grad=False
-        ),
-        model,
+    settings_of_ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, grad_reduce_in_fp32=is_bf16, check_for_nan_in_grad=False
     )
+    wrapped = [DistributedDataParallel(config, settings_of_ddp, chunk) for chunk in model.chunks]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -58,7 +54,7 @@ def make_trainable(model: Qwen3Model, settings: Settings, num_optimizer_steps: i
             bf16=is_bf16,
             params_dtype=config.params_dtype,
         ),
-        [wrapped],
+        wrapped,
     )
     return TrainableStudent(model, wrapped, optimizer, _cosine(optimizer, settings, num_optimizer_steps))
 
@@ -94,7 +90,8 @@ def optimizer_step(student: TrainableStudent) -> float:
 
 def zero_gradients(student: TrainableStudent) -> None:
     """Clears Megatron's gradient buffers."""
-    student.wrapped.zero_grad_buffer()
+    for chunk in student.wrapped:
+        chunk.zero_grad_buffer()
     student.optimizer.zero_grad()
 
 
@@ -103,6 +100,6 @@ def learning_rate(student: TrainableStudent) -> float:
     return student.optimizer.param_groups[0]["lr"]
 
 
-def parameter_count(model: torch.nn.Module) -> int:
+def parameter_count(model: PipelineModel) -> int:
     """Elements of this rank's parameters."""
     return sum(parameter.numel() for parameter in model.parameters())

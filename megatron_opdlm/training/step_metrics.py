@@ -6,12 +6,15 @@ metrics.of_step(trajectories, step_sums, timers.seconds(), lr=1e-5, length_limit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.models.qwen3 import Qwen3Architecture
 from megatron_opdlm.observability import throughput
 from megatron_opdlm.observability.metrics import MetricAccumulator
+from megatron_opdlm.training.balance import TokenImbalance
 
 
 class StepMetrics:
@@ -19,8 +22,8 @@ class StepMetrics:
 
     def __init__(self, student: Qwen3Architecture, teacher: Qwen3Architecture, group: dist.ProcessGroup) -> None:
         self.student, self.teacher = _shape(student), _shape(teacher)
-        self.student_parameters = throughput.num_parameters(self.student, student.tie_word_embeddings)
-        self.teacher_parameters = throughput.num_parameters(self.teacher, teacher.tie_word_embeddings)
+        self.student_parameters = throughput.num_active_parameters(self.student, student.tie_word_embeddings)
+        self.teacher_parameters = throughput.num_active_parameters(self.teacher, teacher.tie_word_embeddings)
         self.group = group
         self.totals = dict.fromkeys(("rollout/total_tokens", "perf/total_paper_flops", "perf/total_true_flops"), 0.0)
 
@@ -32,16 +35,28 @@ class StepMetrics:
         *,
         lr: float,
         length_limit: int,
+        imbalances: Sequence[TokenImbalance] = (),
+        pipeline_bubble: float | None = None,
+        max_expert_load: float | None = None,
     ) -> dict[str, float]:
         """The metrics of one step. All ranks must call it: it gathers over the data-parallel group.
 
         `step_sums` has, for each optimizer step, what `TrainStep` returned; `seconds` are this rank's own.
+        `imbalances` has those of the global batches, the same on all ranks; without them there is no figure of it.
+        `pipeline_bubble` is `RolloutEngine.pipeline_bubble` and `max_expert_load` is `ExpertLoad.take`, likewise.
         """
         local = MetricAccumulator()
         for trajectory in trajectories:
             self._add_trajectory(local, trajectory)
         for sums in step_sums:
             _add_sums(local, sums)
+        for imbalance in imbalances:
+            local.add("train/token_imbalance_before", imbalance.before)
+            local.add("train/token_imbalance", imbalance.after)
+        if pipeline_bubble is not None:
+            local.add("rollout/pipeline_bubble", pipeline_bubble)
+        if max_expert_load is not None:
+            local.add("moe/max_expert_load", max_expert_load)
         gathered: list[MetricAccumulator] = [None] * self.group.size()
         dist.all_gather_object(gathered, local, group=self.group)
         everywhere = MetricAccumulator()
@@ -103,12 +118,17 @@ def _add_sums(metrics: MetricAccumulator, sums: dict[str, float]) -> None:
 
 
 def _shape(architecture: Qwen3Architecture) -> throughput.ModelShape:
+    mixture = architecture.mixture
     return throughput.ModelShape(
         num_layers=architecture.num_hidden_layers,
         hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_key_value_heads,
         head_dim=architecture.head_dim,
-        ffn_hidden_size=architecture.intermediate_size,
+        ffn_hidden_size=architecture.intermediate_size if mixture is None else mixture.moe_intermediate_size,
+        num_experts=1 if mixture is None else mixture.num_experts,
+        num_experts_per_token=1 if mixture is None else mixture.num_experts_per_tok,
         vocab_size=architecture.vocab_size,
+        has_qk_norm=architecture.qk_norm,
+        has_qkv_bias=architecture.qkv_bias,
     )

@@ -2,7 +2,7 @@
 
 The gradient is that of (1 / rows) * sum over the rows of the global batch of each row's mean divergence. Every
 micro-batch hands Megatron the sum over its rows together with their number, and Megatron divides once by the total over
-all micro-batches and data-parallel ranks, so the split changes nothing but rounding.
+all micro-batches, data- and context-parallel ranks, so the split changes nothing but rounding.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from collections.abc import Iterator
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_opdlm.config.schema import DivergenceConfig
+from megatron_opdlm.config.schema import DivergenceConfig, RolloutConfig
 from megatron_opdlm.diffusion.states import OnPolicyStates
 from megatron_opdlm.distillation.divergences import VocabularyShard
-from megatron_opdlm.distillation.loss import distillation_loss
+from megatron_opdlm.distillation.loss import SUMS, distillation_loss
 from megatron_opdlm.distillation.teacher import teacher_hidden_states
-from megatron_opdlm.models.build import Qwen3Model
+from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.observability.timers import PhaseTimers
+from megatron_opdlm.parallel.device import device
+from megatron_opdlm.training.expert_load import ExpertLoad
 from megatron_opdlm.training.optimizer import TrainableStudent, optimizer_step, zero_gradients
 
-MicroBatch = tuple[OnPolicyStates, torch.Tensor]
+MicroBatch = tuple[OnPolicyStates, torch.Tensor | None]
 
 
 class TrainStep:
@@ -30,19 +32,26 @@ class TrainStep:
     def __init__(
         self,
         student: TrainableStudent,
-        teacher: Qwen3Model,
+        teacher: PipelineModel,
         shard: VocabularyShard,
         divergence: DivergenceConfig,
+        rollout: RolloutConfig,
         timers: PhaseTimers,
+        expert_load: ExpertLoad,
     ) -> None:
         self.student, self.teacher, self.shard = student, teacher, shard
-        self.divergence, self.timers = divergence, timers
+        self.divergence, self.rollout, self.timers = divergence, rollout, timers
+        self.expert_load = expert_load
 
     def __call__(self, micro_batches: list[OnPolicyStates]) -> dict[str, float]:
         """One optimizer step on this rank's share of a global batch. All ranks must call it.
 
-        Returns the sums of `distillation_loss` over this rank's rows and the gradient norm of the global batch.
+        All pipeline stages and all ranks that share sequences pass the same micro-batches. Returns the sums of
+        `distillation_loss` over their rows and the gradient norm of the global batch.
         """
+        if len(self.student.wrapped) > 1:  # see `variable_seq_lengths` in models.build
+            width = max(states.clean_ids_BT.shape[1] for states in micro_batches)
+            micro_batches = [states.padded_to(width) for states in micro_batches]
         with self.timers.phase("teacher"):
             targets = teacher_hidden_states(self.teacher, micro_batches)
         with self.timers.phase("student"):
@@ -53,28 +62,47 @@ class TrainStep:
         return {"grad_norm": grad_norm} | sums
 
     def _forward_backward(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
-        self.student.wrapped.train()
+        for chunk in self.student.wrapped:
+            chunk.train()
         collected = get_forward_backward_func()(
             forward_step_func=self._forward_step,
-            data_iterator=iter(micro_batches),
+            data_iterator=[iter(micro_batches) for _ in self.student.wrapped],
             model=self.student.wrapped,
             num_microbatches=len(micro_batches),
             seq_length=max(states.clean_ids_BT.shape[1] for states, _ in micro_batches),
             micro_batch_size=2 * len(micro_batches[0][0].lengths_B),
             forward_only=False,
         )
-        return {name: float(sum(sums[name] for sums in collected)) for name in collected[0]} if collected else {}
+        return self._totals(collected)
+
+    def _totals(self, collected: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Sums over the micro-batches and the parts of their rows.
+
+        The last pipeline stage, which alone has `collected`, tells the others.
+        """
+        totals = [float(sum(sums[name] for sums in collected)) for name in SUMS]
+        shared = self.student.model.link.share(torch.tensor(totals, dtype=torch.float64, device=device()))
+        return dict(zip(SUMS, self.student.model.context.add_up_(shared.wait()).tolist(), strict=True))
 
     def _forward_step(self, data_iterator: Iterator[MicroBatch], model: torch.nn.Module):
         states, teacher_hidden_NH = next(data_iterator)
-        streams = torch.cat([states.clean_ids_BT, states.noisy_ids_BT])
-        positions_T = torch.arange(streams.shape[1], device=streams.device)
+        columns = self.student.model.context.columns(states.clean_ids_BT.shape[1])
+        part = states.columns(columns)
+        streams = torch.cat([part.clean_ids_BT, part.noisy_ids_BT])
+        positions_T = torch.arange(columns.start, columns.stop, device=streams.device)
 
         def loss_sum(hidden_TBH: torch.Tensor):
             loss, sums = distillation_loss(
-                self.student.model, self.teacher, hidden_TBH, teacher_hidden_NH, states, self.shard, self.divergence
+                self.student.model,
+                self.teacher,
+                hidden_TBH,
+                teacher_hidden_NH,
+                states,
+                self.shard,
+                self.divergence,
+                self.rollout,
             )
-            num_rows = torch.tensor(len(states.lengths_B), dtype=torch.int, device=loss.device)
-            return loss, num_rows, sums
+            return loss, sums["rows"].to(loss.device, torch.int), sums
 
-        return model(streams, positions_T, states.lengths_B), loss_sum
+        with self.expert_load.counting(states.lengths_B, positions_T):
+            return model(streams, positions_T, states.lengths_B), loss_sum

@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_opdlm.checkpointing import distributed as checkpoints
+from megatron_opdlm.checkpointing.distributed import BackgroundSaves, save_checkpoint
+from megatron_opdlm.checkpointing.folders import newest_checkpoint, step_folder
 from megatron_opdlm.checkpointing.student_and_teacher import (
     build_student,
     build_teacher,
+    check_experts,
     open_student,
     open_teacher,
     padded_vocab_size,
@@ -39,7 +41,9 @@ from megatron_opdlm.observability.writers import build_writers
 from megatron_opdlm.parallel.device import device
 from megatron_opdlm.parallel.initialize import initialize
 from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
+from megatron_opdlm.training.balance import balance_rows
 from megatron_opdlm.training.curricula import domain_limit, max_new_tokens_at
+from megatron_opdlm.training.expert_load import ExpertLoad
 from megatron_opdlm.training.optimizer import learning_rate, make_trainable, parameter_count
 from megatron_opdlm.training.step_metrics import StepMetrics
 from megatron_opdlm.training.train_step import TrainStep
@@ -60,6 +64,7 @@ class Trainer:
         self.config = config
         source = open_student(config.student, config.rollout.stop_token_ids)
         teacher_source = open_teacher(config.teacher, source)
+        check_experts(config, source.architecture, teacher_source.architecture)
         self.prompts = self._read_prompts(source.tokenizer)
         self.groups = initialize(config.parallel, config.training.seed)
         num_rows = padded_vocab_size(config, source.architecture, teacher_source.architecture)
@@ -73,7 +78,10 @@ class Trainer:
         self.timers = PhaseTimers(torch.cuda.synchronize)
         self.metrics = StepMetrics(source.architecture, teacher_source.architecture, self.groups.dp)
         shard = self._vocabulary_shard(num_rows, teacher_source.architecture.vocab_size)
-        self.train_step = TrainStep(self.student, teacher, shard, config.divergence, self.timers)
+        self.expert_load = ExpertLoad(model, self.groups)
+        self.train_step = TrainStep(
+            self.student, teacher, shard, config.divergence, config.rollout, self.timers, self.expert_load
+        )
         self.prompt_stream = PromptStream(len(self.prompts), training.num_prompts_per_step, training.seed)
         self.step = 0
         self._resume()
@@ -86,8 +94,9 @@ class Trainer:
         writers = build_writers(self.config.logging, dist.get_rank(), self.step)
         if is_first_rank:
             save_config(self.config, directory / "config.yaml")
-        show = self.config.logging.progress_bar and is_first_rank
-        with tqdm(total=self.config.training.max_steps, initial=self.step, disable=not show, unit="step") as bar:
+        hide = not (self.config.logging.progress_bar and is_first_rank)
+        bar = tqdm(total=self.config.training.max_steps, initial=self.step, disable=hide, unit="step")
+        with BackgroundSaves() as saves, bar:
             while self.step < self.config.training.max_steps:
                 metrics = self._one_step()
                 writers.write(self.step, metrics)
@@ -95,24 +104,34 @@ class Trainer:
                 bar.set_postfix_str(_summary(metrics))
                 bar.update()
                 if self._is_save_due():
-                    self._save()
+                    self._save(saves)
         writers.close()
         if is_first_rank:
             write_report(directory)
 
     def _one_step(self) -> dict[str, float]:
         """The algorithm: a rollout, its states, one optimizer step per global batch."""
-        self.timers.reset()
         with self.timers.phase("total"):
             limit = max_new_tokens_at(self.step, self.config.curricula, self.config.rollout)
             tasks = self._share(self.prompt_stream.next_batch(), limit)
             with self.timers.phase("rollout"):
-                trajectories = self.engine.generate(tasks, self.step)
+                context = self.student.model.context
+                trajectories = context.reunite(self.engine.generate(context.share_of(tasks), self.step))
             states = self._select_states(trajectories)
+            with self.timers.phase("balance"):
+                states, imbalances = balance_rows(states, self.config.training, self.groups.dp)
             step_sums = [self.train_step(micro_batches) for micro_batches in self._global_batches(states)]
-        seconds = self.timers.seconds()
+        seconds = self.timers.seconds()  # and those for which a checkpoint after the step before held up the training
+        self.timers.reset()
         return self.metrics.of_step(
-            trajectories, step_sums, seconds, lr=learning_rate(self.student), length_limit=limit
+            trajectories,
+            step_sums,
+            seconds,
+            lr=learning_rate(self.student),
+            length_limit=limit,
+            imbalances=imbalances,
+            pipeline_bubble=self.engine.pipeline_bubble,
+            max_expert_load=self.expert_load.take(),
         )
 
     def _share(self, indices: list[int], limit: int) -> list[RolloutTask]:
@@ -181,28 +200,31 @@ class Trainer:
         interval = self.config.checkpoint.save_interval
         return self.step == self.config.training.max_steps or bool(interval and self.step % interval == 0)
 
-    def _save(self) -> None:
+    def _save(self, saves: BackgroundSaves) -> None:
         progress = {
             "step": self.step,
             "prompt_stream": self.prompt_stream.state_dict(),
             "scheduler": self.student.scheduler.state_dict(),
             "totals": self.metrics.state_dict(),
-            "fp8_scales": scaling_state(self.student.model),
+            "fp8_scales": self.student.model.link.union(scaling_state(self.student.model)),
         }
-        save_train_state(
-            checkpoints.step_folder(self._checkpoint_directory, self.step),
-            self.student.model,
-            self.student.optimizer,
-            self.groups,
-            progress,
-            self.source,
-            self.config,
-        )
-        if dist.get_rank() == 0:
-            checkpoints.remove_old_checkpoints(self._checkpoint_directory, self.config.checkpoint.keep)
+        with self.timers.phase("checkpoint"):
+            save_train_state(
+                saves.save if self.config.checkpoint.async_save else save_checkpoint,
+                step_folder(self._checkpoint_directory, self.step),
+                self.student.model,
+                self.student.optimizer,
+                self.groups,
+                progress,
+                self.source,
+                self.config,
+            )
 
     def _resume(self) -> None:
-        folder = checkpoints.newest_checkpoint(self._checkpoint_directory)
+        """All ranks take the checkpoint that the first rank finds: shared file systems are not always of one mind."""
+        found = [newest_checkpoint(self._checkpoint_directory) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        (folder,) = found
         if folder is None:
             return
         progress = load_train_state(folder, self.student.model, self.student.optimizer, self.groups)
@@ -216,10 +238,13 @@ class Trainer:
     def _log_plan(self, model, teacher) -> None:
         training, ranks = self.config.training, self.groups.dp.size()
         logger.info(
-            "student %.3g and teacher %.3g parameters on each of %d tensor-parallel ranks",
+            "student %.3g and teacher %.3g parameters on the first of %d tensor- x %d context- x %d pipeline-parallel "
+            "ranks",
             parameter_count(model),
             parameter_count(teacher),
             self.groups.tp.size(),
+            self.groups.cp.size(),
+            self.groups.pp.size(),
         )
         logger.info(
             "%d prompts a step / %d data-parallel ranks = %d per rank; %d optimizer steps of %d rows",

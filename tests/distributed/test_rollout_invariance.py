@@ -18,6 +18,7 @@ SETTINGS = {
     "static": {"remasking_strategy": "low_confidence_static"},
     "dynamic": {"dynamic_threshold": 0.12},
     "dynamic, 3 steps for 8": {"dynamic_threshold": 0.12, "block_size": 8, "denoising_steps_per_block": 3},
+    "shifted logits": {"dynamic_threshold": 0.12, "logit_shift": "next_token"},
     "top-k and top-p": {"dynamic_threshold": 0.12, "top_k": 12, "top_p": 0.8},
 }
 

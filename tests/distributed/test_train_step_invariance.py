@@ -6,6 +6,7 @@ exported to Hugging Face tensors and compared there. The reference is the run of
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from megatron_opdlm.config.schema import (
 )
 from tests.ranks import run_on_ranks
 from tests.tiny_qwen3 import make_tiny_qwen3, write_prompts
-from tests.worlds import LAYOUTS, layout, tiny_config
+from tests.worlds import CONTEXT_LAYOUTS, EXPERT_LAYOUTS, LAYOUTS, PIPELINE_LAYOUTS, layout, tiny_config
 
 # Adam divides a gradient by its own size, so an element whose gradient is nothing but rounding noise would move by a
 # whole learning rate in a random direction. An epsilon far above that noise (1e-8) and far below the gradients (1e-2)
@@ -69,13 +70,17 @@ def train_all(rank: int, runs: list[Run], root: Path) -> dict[Run, tuple[list[di
     return {run: train(run, root) for run in runs}
 
 
-def train(run: Run, root: Path) -> tuple[list[dict], dict]:
+def train(run: Run, root: Path, save_interval: int = 0, **sections) -> tuple[list[dict], dict]:
+    """Resumes if the run has a checkpoint already; then the metrics are those of the steps it still takes.
+
+    `sections` take the place of those sections of the configuration.
+    """
     from megatron_opdlm.training.trainer import Trainer
 
     config = tiny_config(
         root / ("tied" if run.tie else "untied"),
         teacher=root / "teacher",
-        parallel=LAYOUTS[run.layout],
+        parallel=(LAYOUTS | PIPELINE_LAYOUTS | EXPERT_LAYOUTS | CONTEXT_LAYOUTS)[run.layout],
         backend="aten",
         rollout=RolloutConfig(max_new_tokens=8, dynamic_threshold=0.12),
         data=DataConfig(train_files=[str(root / "prompts.jsonl")]),
@@ -87,9 +92,10 @@ def train(run: Run, root: Path) -> tuple[list[dict], dict]:
             micro_batch_size=run.micro_batch_size,
             pad_to_multiple=8,
         ),
-        checkpoint=CheckpointConfig(save_interval=0),
+        checkpoint=CheckpointConfig(save_interval=save_interval),
         logging=LoggingConfig(directory=str(root / str(run)), tensorboard=False, progress_bar=False),
     )
+    config = dataclasses.replace(config, **sections)
     with layout(config.parallel):
         trainer = Trainer(config)
         steps, trajectories = [], {}

@@ -132,6 +132,7 @@ FLAGS = {
         ["--student.transformer", '{{"transformer_impl": "transformer_engine"}}'],
         "transformer.transformer_impl (transformer_engine) must be local, or",
     ),
+    "unknown shift": (["--rollout.logit_shift", "next"], "rollout.logit_shift (next) must be"),
     "unknown strategy": (["--rollout.remasking_strategy", "random"], "rollout.remasking_strategy (random) must be"),
     "tensor parallelism": (
         ["--parallel.tensor_model_parallel_size", "3"],
@@ -213,6 +214,14 @@ HF_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda hf: edit_config(hf, rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}),
         "config.json: rope_type is 'yarn'",
     ),
+    "sliding windows": (
+        lambda hf: edit_config(hf, use_sliding_window=True),
+        "config.json: use_sliding_window is True; only False is supported",
+    ),
+    "SDAR without its mask token": (
+        lambda hf: edit_config(hf, model_type="sdar"),
+        "student.mask_token (<|MASK|>) must be the mask token that {root}/hf was trained with",
+    ),
     "no weights": (lambda hf: (hf / WEIGHTS).unlink(), "{root}/hf has neither model.safetensors nor"),
     "damaged weights": (lambda hf: cut_short(hf / WEIGHTS), "{root}/hf/model.safetensors is damaged"),
     "tensor missing": (lambda hf: edit_weights(hf, lambda t: t.pop(NORM)), f"{{root}}/hf has no tensor {NORM}"),
@@ -231,6 +240,13 @@ HF_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         "generation_config.json: not JSON",
     ),
 }
+
+
+def test_a_block_diffusion_teacher_is_refused(case, capsys):
+    shutil.copytree(case / "hf", case / "sdar")
+    edit_config(case / "sdar", model_type="sdar")
+    expected = "teacher.hf ({root}/sdar) is a block-diffusion model...a teacher must be autoregressive"
+    assert_says(refusal(train_with(case, ["--teacher.hf", "{root}/sdar"]), case, capsys), case, expected)
 
 
 @pytest.mark.parametrize("name", HF_FOLDERS)

@@ -376,6 +376,8 @@ def test_one_block_does_not_call_the_kernel(monkeypatch):
 def test_a_layer_holds_a_causal_module_with_twice_the_query_heads(monkeypatch):
     layer = build_layer(monkeypatch, FakeTransformerEngine(), (8, 2), head_dim=16, tensor_model_parallel_size=2)
     assert layer.attention.heads == (8, 1, 16)
+    sharing = build_layer(monkeypatch, FakeTransformerEngine(), (8, 4), head_dim=16, context_parallel_size=2)
+    assert sharing.attention.heads == (8, 2, 16), "a rank that shares sequences has a part of the heads"
     assert layer.attention.softmax_scale == 0.25
     assert layer.attention.settings == {"sequence_parallel": False, "tp_group": None, "layer_number": 1}
     assert [name for name, _ in layer.named_modules()] == ["", "attention"]

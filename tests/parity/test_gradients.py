@@ -36,6 +36,8 @@ CASES = {
     "selective recompute": {"micro_batch_size": 2, "transformer": SELECTIVE_RECOMPUTE},
     "selective recompute, aten": {"micro_batch_size": 2, "backend": "aten", "transformer": SELECTIVE_RECOMPUTE},
     "tied": {"micro_batch_size": 2, "tie": True},
+    "shifted logits": {"micro_batch_size": 2, "logit_shift": "next_token"},
+    "shifted logits, tied, aten": {"micro_batch_size": 1, "logit_shift": "next_token", "tie": True, "backend": "aten"},
     "tied, recompute": {"micro_batch_size": 2, "tie": True, "transformer": FULL_RECOMPUTE},
 }
 Gradients = dict[str, torch.Tensor]
@@ -62,7 +64,12 @@ def make_trainer(folders: dict, root: Path, case: dict):
             teacher=folders["teacher"],
             backend=case.get("backend", "dense"),
             transformer=case.get("transformer"),
-            rollout=RolloutConfig(max_new_tokens=12, dynamic_threshold=0.12, stop_token_ids=[5]),
+            rollout=RolloutConfig(
+                max_new_tokens=12,
+                dynamic_threshold=0.12,
+                stop_token_ids=[5],
+                logit_shift=case.get("logit_shift", "none"),
+            ),
             divergence=DivergenceConfig(chunk_size=5),
             data=DataConfig(train_files=[str(folders["prompts"])]),
             optimizer=OptimizerConfig(lr=1e-12, min_lr=0.0, clip_grad=0.0),
@@ -97,10 +104,10 @@ def megatron_gradients(trainer, states) -> tuple[Gradients, dict[str, float]]:
     return dict(hf_tensors(trainer.source.architecture, read)), sums
 
 
-def literal_gradients(student, teacher, states, special) -> tuple[Gradients, float]:
+def literal_gradients(student, teacher, states, special, logit_shift: str = "none") -> tuple[Gradients, float]:
     """Mean over rows of the mean over trained positions of KL(teacher || student), mask token left out."""
     teacher_BTV = teacher(input_ids=states.clean_ids_BT).logits.detach()
-    noisy_BTV = two_stream_logits(student, states.clean_ids_BT, states.noisy_ids_BT, states.lengths_B, 4)[1]
+    clean_BTV, noisy_BTV = two_stream_logits(student, states.clean_ids_BT, states.noisy_ids_BT, states.lengths_B, 4)
     num_tokens = min(teacher_BTV.shape[-1], noisy_BTV.shape[-1])
     live = [token for token in range(num_tokens) if token != special.mask_token_id]
     row_means = []
@@ -108,7 +115,9 @@ def literal_gradients(student, teacher, states, special) -> tuple[Gradients, flo
         divergences = []
         for position in is_trained_T.nonzero()[:, 0].tolist():
             log_p = teacher_BTV[row, position - 1, live].log_softmax(0)
-            log_q = noisy_BTV[row, position, live].log_softmax(0)
+            shift = 1 if logit_shift == "next_token" else 0
+            student_BTV = clean_BTV if shift and position % 4 == 0 else noisy_BTV
+            log_q = student_BTV[row, position - shift, live].log_softmax(0)
             divergences.append((log_p.exp() * (log_p - log_q)).sum())
         row_means.append(torch.stack(divergences).mean() if divergences else torch.zeros((), dtype=torch.float64))
     loss = torch.stack(row_means).mean()
@@ -126,7 +135,8 @@ def test_defect_1_gradients_equal_autograd_through_transformers_with_and_without
         states = roll_out_states(trainer)
         actual, sums = megatron_gradients(trainer, states)
     student = load_reference(folders[CASES[case].get("tie", False)])
-    expected, loss = literal_gradients(student, load_reference(folders["teacher"]), states, trainer.special)
+    teacher, shift = load_reference(folders["teacher"]), CASES[case].get("logit_shift", "none")
+    expected, loss = literal_gradients(student, teacher, states, trainer.special, shift)
     assert len(states.lengths_B.unique()) > 1 and states.num_trained_B.min() > 0, "padding and trained rows are needed"
     assert sums["loss"] / sums["rows"] == pytest.approx(loss, rel=1e-5)
     norm = sum(float(gradient.square().sum()) for gradient in expected.values()) ** 0.5

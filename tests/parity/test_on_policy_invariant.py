@@ -21,6 +21,9 @@ SETTINGS = [
     {"dynamic_threshold": 0.12},
     {"dynamic_threshold": 0.12, "block_size": 8, "denoising_steps_per_block": 3},
     {"dynamic_threshold": 0.12, "block_size": 1, "denoising_steps_per_block": 1},
+    {"dynamic_threshold": 0.12, "logit_shift": "next_token"},
+    {"dynamic_threshold": 0.12, "logit_shift": "next_token", "block_size": 8, "denoising_steps_per_block": 3},
+    {"dynamic_threshold": 0.12, "logit_shift": "next_token", "block_size": 1, "denoising_steps_per_block": 1},
 ]
 Key = tuple[int, int, int]
 """Row, position, 1-based step within the block."""
@@ -53,7 +56,7 @@ def record_rollout(monkeypatch, model, special, settings: RolloutConfig):
             start, step = int(decoder.block_start_B[row]), int(decoder.step_B[row]) + 1
             masked = decoder.is_masked_BL[row, start : start + settings.block_size].nonzero()[:, 0]
             places.extend((decoder.requests[row].prompt_id, start + offset, step) for offset in masked.tolist())
-        denoise(decoder, cache, rows_A)
+        return denoise(decoder, cache, rows_A)
 
     def noting_draw(logits_MV, uniforms_M, rollout):
         seen.update(zip(places, logits_MV.clone(), strict=True))
@@ -67,10 +70,19 @@ def record_rollout(monkeypatch, model, special, settings: RolloutConfig):
 
 
 @torch.no_grad()
-def training_logits(model, clean_BT: torch.Tensor, noisy_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-    """Logits `[B, T, V]` of the noisy stream in the forward that training uses."""
+def training_logits(
+    model, clean_BT: torch.Tensor, noisy_BT: torch.Tensor, lengths_B: torch.Tensor, rollout: RolloutConfig
+) -> torch.Tensor:
+    """Logits `[B, T, V]` for each position in the forward that training uses."""
     hidden = model(torch.cat([clean_BT, noisy_BT]), torch.arange(clean_BT.shape[1]), lengths_B)
-    return gathered_logits(model, hidden)[len(lengths_B) :]
+    clean_BTV, noisy_BTV = gathered_logits(model, hidden).chunk(2)
+    if rollout.logit_shift == "none":
+        return noisy_BTV
+    shifted_BTV = torch.full_like(noisy_BTV, torch.nan)
+    for position in range(1, clean_BT.shape[1]):
+        stream = clean_BTV if position % rollout.block_size == 0 else noisy_BTV
+        shifted_BTV[:, position] = stream[:, position - 1]
+    return shifted_BTV
 
 
 def assert_equal_logits(actual: torch.Tensor, recorded: torch.Tensor, special) -> None:
@@ -98,7 +110,7 @@ def test_training_logits_equal_what_the_rollout_saw_in_every_step(folder, world_
         num_compared = 0
         for step in range(1, rollout.denoising_steps_per_block + 1):
             noisy_BT = clean_BT.masked_fill(steps_BT >= step, special.mask_token_id)
-            logits_BTV = training_logits(model, clean_BT, noisy_BT, lengths_B)
+            logits_BTV = training_logits(model, clean_BT, noisy_BT, lengths_B, rollout)
             for (row, position, seen_in), recorded in seen.items():
                 if seen_in == step:
                     assert steps_BT[row, position] >= step, "a token is committed once"
@@ -121,7 +133,7 @@ def test_the_selected_states_are_among_those_and_their_log_probabilities_agree(f
             seed=SEED,
             step=0,
         )
-        logits_BTV = training_logits(model, states.clean_ids_BT, states.noisy_ids_BT, states.lengths_B)
+        logits_BTV = training_logits(model, states.clean_ids_BT, states.noisy_ids_BT, states.lengths_B, rollout)
     committed = (states.is_committed_BT & states.is_trained_BT).nonzero().tolist()
     assert committed
     for row, position in committed:

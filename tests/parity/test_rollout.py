@@ -32,6 +32,9 @@ CASES = {
     "dynamic, threshold 0": {"dynamic_threshold": 0.0},
     "temperature 0": {"temperature": 0.0, "dynamic_threshold": 0.2},
     "temperature 0.5": {"temperature": 0.5, "dynamic_threshold": 0.2},
+    "shifted logits": {"logit_shift": "next_token", "dynamic_threshold": 0.1},
+    "shifted logits, static": {"logit_shift": "next_token", "remasking_strategy": "low_confidence_static"},
+    "shifted logits, 8": {"logit_shift": "next_token", "dynamic_threshold": 0.15, "block_size": 8},
     "top-k": {"top_k": 5, "dynamic_threshold": 0.1},
     "top-p": {"top_p": 0.6, "dynamic_threshold": 0.1},
     "top-k and top-p, warm": {"top_k": 8, "top_p": 0.8, "temperature": 1.3, "dynamic_threshold": 0.1},
@@ -136,7 +139,7 @@ def test_defect_7_a_prompt_is_never_overwritten_where_fewer_masks_are_left_than_
 def prefer(model, token_id: int) -> None:
     """Makes `token_id` by far the most likely token wherever one half of all hidden states points."""
     with torch.no_grad():
-        model.output_layer.weight[token_id] = 20 * model.output_layer.weight[:44].mean(0)
+        model.output_weight[token_id] = 20 * model.output_weight[:44].mean(0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

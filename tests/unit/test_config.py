@@ -166,6 +166,35 @@ def test_a_wrong_value_in_a_recipe_names_setting_value_and_rule(tmp_path):
         ("training.num_prompts_per_step=12", "(12) must be a multiple of training.global_batch_size (8)"),
         ("training.pad_to_multiple=6", "training.pad_to_multiple (6) must be a multiple of rollout.block_size (4)"),
         ("parallel.sequence_parallel=true", "needs parallel.tensor_model_parallel_size (1) to be over 1"),
+        ("parallel.pipeline_model_parallel_size=0", "parallel.pipeline_model_parallel_size (0) must be at least 1"),
+        (
+            "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=1",
+            "parallel.virtual_pipeline_model_parallel_size (1) must be at least 2",
+        ),
+        (
+            "parallel.virtual_pipeline_model_parallel_size=2",
+            "(2) needs parallel.pipeline_model_parallel_size (1) to be over 1",
+        ),
+        ("parallel.expert_model_parallel_size=0", "parallel.expert_model_parallel_size (0) must be at least 1"),
+        (
+            "parallel.expert_tensor_parallel_size=2",
+            "parallel.expert_tensor_parallel_size (2) must divide parallel.tensor_model_parallel_size (1)",
+        ),
+        (
+            "parallel.expert_model_parallel_size=2 parallel.tensor_model_parallel_size=2",
+            "beside parallel.tensor_model_parallel_size (2) needs parallel.sequence_parallel (false) to be true",
+        ),
+        (
+            "parallel.expert_model_parallel_size=2 parallel.pipeline_model_parallel_size=2 "
+            "parallel.virtual_pipeline_model_parallel_size=2",
+            "virtual_pipeline_model_parallel_size (2) must be null under parallel.expert_model_parallel_size (2)",
+        ),
+        ("rollout.pipeline_micro_groups=0", "rollout.pipeline_micro_groups (0) must be at least 1"),
+        ("rollout.pipeline_micro_groups=2", "(2) needs parallel.pipeline_model_parallel_size (1) to be over 1"),
+        (
+            'teacher.transformer={"num_layers_in_first_pipeline_stage":3}',
+            "teacher.transformer.num_layers_in_first_pipeline_stage (3) must be left out",
+        ),
         ("parallel.distributed_timeout_minutes=0", "parallel.distributed_timeout_minutes (0.0) must be over 0"),
         ("checkpoint.keep=-1", "checkpoint.keep (-1) must be at least 0"),
         ("evaluation.max_tasks=0", "evaluation.max_tasks (0) must be at least 1"),
@@ -239,6 +268,23 @@ def test_processes_must_divide_into_tensor_and_data_parallel_groups():
     assert "(2) must divide the number of processes (3)" in message_of(flags, world_size=3)
     expected = "training.global_batch_size (8) must be a multiple of training.micro_batch_size (1) x data-parallel size"
     assert message_of(flags, world_size=6) == f"{expected} (3) = 3"
+
+
+def test_experts_take_their_share_of_the_processes():
+    flags = ["--parallel.expert_model_parallel_size=4"]
+    expected = "parallel.expert_model_parallel_size (4) must divide the number of processes (6)"
+    assert expected in message_of(flags, world_size=6)
+    load_config(flags, world_size=8)
+
+
+def test_pipeline_stages_take_their_share_of_the_processes_and_chunks_whole_rounds_of_micro_batches():
+    flags = ["--parallel.tensor_model_parallel_size=2", "--parallel.pipeline_model_parallel_size=4"]
+    load_config(flags, world_size=16)
+    assert "pipeline_model_parallel_size (8) must divide the number of processes (4)" in message_of(flags, world_size=4)
+    flags.append("--parallel.virtual_pipeline_model_parallel_size=2")
+    load_config(flags, world_size=16)
+    expected = "(8) / 4 = 2 micro-batches must be a multiple of parallel.pipeline_model_parallel_size (4)"
+    assert expected in message_of([*flags, "--training.micro_batch_size=2"], world_size=16)
 
 
 def test_what_an_entry_point_requires_must_be_given_and_exist(tmp_path):

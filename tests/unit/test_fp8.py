@@ -17,12 +17,13 @@ from megatron_opdlm.models.fp8 import (
     Machine,
     check_fp8,
     fp8_settings,
+    is_module_state,
     load_scaling_state,
     scaling_state,
     this_machine,
     without_fp8,
 )
-from megatron_opdlm.models.qwen3 import Qwen3Architecture
+from megatron_opdlm.models.qwen3 import Mixture, Qwen3Architecture
 from tests.tiny_qwen3 import make_tiny_qwen3
 from tests.worlds import layout, load_student, tiny_config
 
@@ -87,6 +88,25 @@ def test_scales_of_whole_tensors_do_with_ada_and_older_cuda(recipe):
 def test_megatrons_local_layers_are_refused():
     with pytest.raises(ValueError, match=r"needs transformer.transformer_impl \(local\) to be transformer_engine"):
         check(layers="local")
+
+
+def test_experts_have_a_width_of_their_own_and_no_delayed_scales():
+    mixture = Mixture(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=768, norm_topk_prob=True)
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    architecture = dataclasses.replace(QWEN3, intermediate_size=1, mixture=mixture)
+    check("tensorwise", architecture=architecture, parallel=parallel)
+    narrow = dataclasses.replace(architecture, mixture=dataclasses.replace(mixture, moe_intermediate_size=48))
+    check("tensorwise", architecture=narrow, parallel=dataclasses.replace(parallel, expert_tensor_parallel_size=1))
+    with pytest.raises(ValueError, match="needs moe_intermediate_size, 24 on each of 2 tensor-parallel ranks"):
+        check("tensorwise", architecture=narrow, parallel=parallel)
+    with pytest.raises(ValueError, match=r"precision.fp8 \(delayed\) needs a dense model"):
+        check("delayed", architecture=architecture, parallel=parallel)
+
+
+def test_the_extra_state_of_each_of_a_modules_experts_stays_out_of_checkpoints():
+    for name in ("_extra_state", "_extra_state7", "_extra_state12"):
+        assert is_module_state(f"decoder.layers.0.mlp.experts.linear_fc1.{name}")
+    assert not is_module_state("decoder.layers.0.mlp.experts.linear_fc1.weight7")
 
 
 @pytest.mark.parametrize(

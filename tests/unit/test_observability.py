@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -212,6 +213,16 @@ def test_linear_and_head_flops_equal_a_hand_count():
     assert throughput.linear_flops(TINY, 2) == 2 * 3 * 465 * 2
     assert throughput.attention_flops(TINY, 10) == 3 * 4 * 10 * (2 * 6 + 2 * 6)
     assert throughput.head_flops(TINY, 2) == 2 * 5 * 11 * 2
+
+
+def test_a_token_costs_what_its_own_experts_and_the_router_cost():
+    shape = dataclasses.replace(TINY, num_experts=8, num_experts_per_token=2)
+    # attention 360 weights, router 5x8, two experts of 105
+    assert throughput.matrix_weights_per_layer(shape) == 360 + 40 + 2 * 105
+    dense = throughput.num_parameters(TINY, tied_embeddings=True)
+    assert throughput.num_active_parameters(TINY, tied_embeddings=True) == dense
+    assert throughput.num_active_parameters(shape, tied_embeddings=True) == dense + 3 * (40 + 105)
+    assert throughput.num_parameters(shape, tied_embeddings=True) == dense + 3 * (40 + 7 * 105)
 
 
 def test_forward_flops_equal_what_torch_counts_on_the_same_matrices():

@@ -1,8 +1,10 @@
 """The core attention modules that Megatron's SelfAttention calls: one for the student, one for the teacher.
 
 Both take Megatron's `[S, B, heads, D]` queries, keys and values after QK-norm and RoPE and return `[S, B, heads * D]`.
-The student's input is either two streams stacked in the batch dimension (training) or a flat list of tokens that a
-key-value cache knows how to place (rollout); the same weights, the same module.
+Where ranks share sequences, `S` is this rank's part of the positions; in between, it attends to all positions of its
+part of the heads (`parallel.context_link`). The student's input is either two streams stacked in the batch dimension
+(training) or a flat list of tokens that a key-value cache knows how to place (rollout); the same weights, the same
+module.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_opdlm.models.attention.backend import AttentionBackend, Streams
+from megatron_opdlm.parallel.context_link import ContextLink
 
 
 class KeyValueCache(Protocol):
@@ -28,13 +32,19 @@ class KeyValueCache(Protocol):
 
 
 class CoreAttention(MegatronModule):
-    """What both share: the constructor that Megatron's specs call, and the softmax scale."""
+    """What both share: the constructor that Megatron's specs call, the softmax scale, the link of shared sequences."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: object
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: object,
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
+        self.context = ContextLink(None if pg_collection is None else pg_collection.cp)
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
 
@@ -73,13 +83,14 @@ class BlockDiffusionCoreAttention(CoreAttention):
         if self.cache is not None:
             attended = self.cache.attend(self.layer_number, query[:, 0], key[:, 0], value[:, 0], self.scale)
             return attended.flatten(1)[:, None]
+        query, key, value = self.context.whole_sequences(query, key, value)
         # [S, 2B, heads, D] -> three tensors [B, S, heads, D] for each stream
         clean, noisy = zip(*(x.transpose(0, 1).chunk(2) for x in (query, key, value)), strict=True)
         outs = self.backend.attend(
             Streams(*clean, *noisy), lengths=attention_mask, block_size=self.block_size, scale=self.scale
         )
         # Contiguous, since the linear layer behind would copy it otherwise.
-        return torch.cat([out.transpose(0, 1) for out in outs], dim=1).flatten(2)
+        return self.context.own_positions(torch.cat([out.transpose(0, 1) for out in outs], dim=1)).flatten(2)
 
 
 class CausalCoreAttention(CoreAttention):
@@ -95,8 +106,8 @@ class CausalCoreAttention(CoreAttention):
         **_: object,
     ) -> torch.Tensor:
         """`[S, B, heads, D]` -> `[S, B, heads * D]`."""
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        query, key, value = (x.permute(1, 2, 0, 3) for x in self.context.whole_sequences(query, key, value))
         attended = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
         )
-        return attended.permute(2, 0, 1, 3).flatten(2)
+        return self.context.own_positions(attended.permute(2, 0, 1, 3)).flatten(2)

@@ -83,9 +83,9 @@ class TransformerEngineAttention(AttentionBackend):
             raise ValueError(f"attention.backend te: {reason}")
         scale = config.kv_channels**-0.5 if config.softmax_scale is None else config.softmax_scale
         attention = self.module_class(
-            num_attention_heads=2 * config.num_attention_heads,
+            num_attention_heads=2 * config.num_attention_heads // config.context_parallel_size,
             kv_channels=config.kv_channels,
-            num_gqa_groups=config.num_query_groups,
+            num_gqa_groups=config.num_query_groups // config.context_parallel_size,
             attention_dropout=0.0,
             qkv_format="sbhd",
             attn_mask_type="causal",
