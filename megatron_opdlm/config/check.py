@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterable
 
+from megatron_opdlm.config.overrides import check_overrides
 from megatron_opdlm.config.schema import (
     CheckpointConfig,
     Config,
@@ -88,6 +89,7 @@ def _check_models(config: Config) -> None:
         _require(
             not both, f"{name}.hf ({model.hf}) and {name}.checkpoint ({model.checkpoint}) exclude each other: give one"
         )
+        check_overrides(name, model.transformer)
     _require(config.student.mask_token, "student.mask_token () must not be empty")
 
 
@@ -248,14 +250,9 @@ def _check_fp8(name: str, precision: PrecisionConfig, model: str, overrides: dic
         f"precision.{name} ({recipe}) needs precision.dtype ({precision.dtype}) to be bfloat16",
     )
     _require(
-        "fp8_recipe" not in overrides and (recipe != "off" or "fp8" not in overrides),
-        f"{model}.transformer must leave the choice of an FP8 recipe to precision.{name} ({recipe})",
+        recipe != "off" or "fp8" not in overrides,
+        f"{model}.transformer.fp8 ({overrides.get('fp8')}) needs a recipe, which precision.{name} ({recipe}) chooses",
     )
-    for field in ("fp8_dot_product_attention", "fp8_multi_head_attention", "fp8_param"):
-        _require(
-            field not in overrides,
-            f"{model}.transformer.{field} must not be set: attention.fp8 chooses, and weights stay in precision.dtype",
-        )
 
 
 def _check_padding(config: Config) -> None:
@@ -320,13 +317,6 @@ def _check_context_parallel(config: Config) -> None:
 
 
 def _check_pipeline(config: Config) -> None:
-    """Layers are spread evenly; other ways of spreading them would reach Megatron through `transformer`."""
-    for name, model in (("student", config.student), ("teacher", config.teacher)):
-        for setting, value in model.transformer.items():
-            _require(
-                "pipeline" not in setting,
-                f"{name}.transformer.{setting} ({value}) must be left out: stages have equally many layers",
-            )
     num_groups, num_stages = config.rollout.pipeline_micro_groups, config.parallel.pipeline_model_parallel_size
     _require(
         num_groups is None or num_stages > 1,

@@ -127,10 +127,6 @@ FLAGS = {
         [*FP8_FITS, "--precision.fp8", "delayed", "--attention.fp8", "true"],
         "precision.fp8 (delayed) needs a GPU",
     ),
-    "FP8 attention alone": (
-        ["--attention.fp8", "true"],
-        "attention.fp8 (true) needs precision.fp8 (off) to be delayed or tensorwise",
-    ),
     "layers that are not installed": (
         ["--student.transformer", '{{"transformer_impl": "transformer_engine"}}'],
         "transformer.transformer_impl (transformer_engine) must be local, or",

@@ -223,10 +223,25 @@ def test_a_wrong_value_in_a_recipe_names_setting_value_and_rule(tmp_path):
             "attention.fp8=true precision.fp8=delayed attention.backend=aten",
             "attention.fp8 (true) needs attention.backend (aten) to be te or auto",
         ),
-        ('student.transformer={"fp8":"hybrid"}', "student.transformer must leave the choice of an FP8 recipe to"),
+        (
+            'student.transformer={"fp8":"hybrid"}',
+            "student.transformer.fp8 (hybrid) needs a recipe, which precision.fp8",
+        ),
         (
             'student.transformer={"fp8_dot_product_attention":true} precision.fp8=delayed',
-            "student.transformer.fp8_dot_product_attention must not be set: attention.fp8 chooses",
+            "student.transformer.fp8_dot_product_attention (True) must be left out: attention.fp8 chooses",
+        ),
+        (
+            'student.transformer={"attention_dropout":0.1}',
+            "student.transformer.attention_dropout (0.1) must be left out: training and rollout are the same function",
+        ),
+        (
+            'teacher.transformer={"context_parallel_size":2}',
+            "teacher.transformer.context_parallel_size (2) must be left out: parallel.* decides the layout",
+        ),
+        (
+            'student.transformer={"window_size":[128,0]}',
+            "student.transformer.window_size ([128, 0]) must be left out: attention is a plain softmax",
         ),
         (
             "precision.fp8=blockwise attention.fp8=true",
@@ -234,7 +249,7 @@ def test_a_wrong_value_in_a_recipe_names_setting_value_and_rule(tmp_path):
         ),
         (
             'teacher.transformer={"fp8_recipe":"delayed"} precision.teacher_fp8=tensorwise',
-            "teacher.transformer must leave the choice of an FP8 recipe to precision.teacher_fp8 (tensorwise)",
+            "teacher.transformer.fp8_recipe (delayed) must be left out: precision.fp8 and precision.teacher_fp8 choose",
         ),
     ],
 )
