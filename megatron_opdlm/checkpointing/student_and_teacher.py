@@ -142,6 +142,7 @@ def build_student(
         overrides=overrides,
         fp8_recipe=recipe,
         fp8_attention=config.attention.fp8,
+        recompute=config.training.recompute,
     )
     source.pretrained.load_into(model, groups, source.architecture)
     return model

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable
 
-from megatron_opdlm.config.overrides import check_overrides
+from megatron_opdlm.config.overrides import check_overrides, check_recompute
 from megatron_opdlm.config.schema import (
     CheckpointConfig,
     Config,
@@ -90,6 +90,7 @@ def _check_models(config: Config) -> None:
             not both, f"{name}.hf ({model.hf}) and {name}.checkpoint ({model.checkpoint}) exclude each other: give one"
         )
         check_overrides(name, model.transformer)
+    check_recompute(config.training.recompute, config.student.transformer, config.teacher.transformer)
     _require(config.student.mask_token, "student.mask_token () must not be empty")
 
 

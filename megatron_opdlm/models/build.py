@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 
-from megatron_opdlm.config.schema import ParallelConfig
+from megatron_opdlm.config.schema import ParallelConfig, Recompute
 from megatron_opdlm.models.fp8 import fp8_settings, is_module_state
 from megatron_opdlm.models.layer_specs import LAYERS, default_layers, has_transformer_engine, qwen3_block_spec
 from megatron_opdlm.models.pipeline import PipelineModel
@@ -29,6 +29,13 @@ from megatron_opdlm.models.qwen3 import DTYPES, Mixture, Qwen3Architecture
 from megatron_opdlm.parallel.context_link import ContextLink
 from megatron_opdlm.parallel.device import device
 from megatron_opdlm.parallel.stage_link import StageLink
+
+RECOMPUTE_SETTINGS: dict[Recompute, dict] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""`training.recompute` -> fields of Megatron's TransformerConfig."""
 
 
 class Qwen3Model(GPTModel):
@@ -100,6 +107,7 @@ def build_model(
     overrides: dict,
     fp8_recipe: str = "off",
     fp8_attention: bool = False,
+    recompute: Recompute = "none",
 ) -> PipelineModel:
     """This rank's part of a model, with uninitialised weights, on its device. All ranks must call it.
 
@@ -110,7 +118,7 @@ def build_model(
         architecture,
         parallel=parallel,
         dtype=dtype,
-        overrides=fp8_settings(fp8_recipe, fp8_attention) | overrides,
+        overrides=fp8_settings(fp8_recipe, fp8_attention) | RECOMPUTE_SETTINGS[recompute] | overrides,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     link = StageLink(groups.pp, device())

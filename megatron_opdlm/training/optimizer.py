@@ -1,4 +1,16 @@
-"""Megatron's data parallelism, distributed optimizer and learning-rate schedule around the student."""
+"""Megatron's data parallelism, distributed optimizer and learning-rate schedule around the student.
+
+    student = make_trainable(model, config.optimizer, config.parallel, num_optimizer_steps)
+    wait_for_weights(student)                              # before anything reads them
+    zero_gradients(student)
+    get_forward_backward_func()(model=student.wrapped, ...)
+    norm = optimizer_step(student)                         # with `overlap_param_gather` its weights are under way now
+
+Each data-parallel rank updates its part of the weights and sends it to the others. Megatron would wait for them in
+hooks before each module's forward; but the output layer's weight is read without such a forward, and ranks decode
+different numbers of steps. So the hooks are off: the transfer starts behind the optimizer's step, goes on while the
+teacher runs, and `wait_for_weights` ends it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +18,12 @@ from dataclasses import dataclass
 
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_opdlm.config.schema import OptimizerConfig as Settings
+from megatron_opdlm.config.schema import ParallelConfig
 from megatron_opdlm.models.pipeline import PipelineModel
 
 
@@ -25,7 +39,9 @@ class TrainableStudent:
     scheduler: OptimizerParamScheduler
 
 
-def make_trainable(model: PipelineModel, settings: Settings, num_optimizer_steps: int) -> TrainableStudent:
+def make_trainable(
+    model: PipelineModel, settings: Settings, parallel: ParallelConfig, num_optimizer_steps: int
+) -> TrainableStudent:
     """Wraps the student. All ranks must call it. ValueError where no fused Adam is installed on a GPU machine.
 
     `num_optimizer_steps` of the whole run is the cosine's length unless `optimizer.lr_decay_steps` gives another.
@@ -36,10 +52,7 @@ def make_trainable(model: PipelineModel, settings: Settings, num_optimizer_steps
             'resume exactly; install one, e.g. pip install "megatron-opdlm[te]"'
         )
     config, is_bf16 = model.config, model.config.bf16
-    settings_of_ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=is_bf16, check_for_nan_in_grad=False
-    )
-    wrapped = [DistributedDataParallel(config, settings_of_ddp, chunk) for chunk in model.chunks]
+    wrapped = _data_parallel(model, parallel)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -57,6 +70,44 @@ def make_trainable(model: PipelineModel, settings: Settings, num_optimizer_steps
         wrapped,
     )
     return TrainableStudent(model, wrapped, optimizer, _cosine(optimizer, settings, num_optimizer_steps))
+
+
+def _data_parallel(model: PipelineModel, parallel: ParallelConfig) -> list[DistributedDataParallel]:
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=model.config.bf16,
+        check_for_nan_in_grad=False,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    wrapped = [
+        # The backward pass of later chunks has those of earlier ones to hide behind: one bucket serves them.
+        DistributedDataParallel(model.config, settings, chunk, disable_bucketing=place > 0)
+        for place, chunk in enumerate(model.chunks)
+    ]
+    for chunk in wrapped:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            _count_padding_as_content(buffer)
+    if parallel.overlap_grad_reduce:
+        # Only the last micro-batch completes a gradient. The interleaved schedule takes a list, the others do not.
+        pauses = [chunk.no_sync for chunk in wrapped]
+        model.config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
+    if parallel.overlap_param_gather:
+        for chunk in wrapped:
+            chunk.disable_forward_pre_hook(param_sync=False)
+    return wrapped
+
+
+def _count_padding_as_content(buffer: _ParamAndGradBuffer) -> None:
+    """Lets checkpoints hold the optimizer's state of a buffer with several buckets.
+
+    To save it, Megatron-Core 0.16.1 puts the buckets together without the padding between them, and then looks for each
+    parameter where it is with the padding (`get_parameter_state_dp_zero` and `sharded_param_state_fully_reshardable` in
+    core/optimizer/distrib_optimizer.py), so that what follows a padded bucket is saved from the wrong place.
+    """
+    for bucket in buffer.buckets:
+        bucket.numel_unpadded = bucket.grad_data.numel()
+    buffer.numel_unpadded = buffer.numel
 
 
 def _cosine(optimizer: MegatronOptimizer, settings: Settings, num_optimizer_steps: int) -> OptimizerParamScheduler:
@@ -81,11 +132,28 @@ def _cosine(optimizer: MegatronOptimizer, settings: Settings, num_optimizer_step
 
 
 def optimizer_step(student: TrainableStudent) -> float:
-    """Clips, updates, moves the schedule on by one; the gradient norm before clipping. All ranks must call it."""
+    """Clips, updates, moves the schedule on by one; the gradient norm before clipping. All ranks must call it.
+
+    With `overlap_param_gather` the weights may be read after `wait_for_weights` only.
+    """
     # The schedule counts the step about to be taken, so the first one has the warm-up's first rate and not zero.
     student.scheduler.step(1)
     _, grad_norm, _ = student.optimizer.step()
+    for chunk in student.wrapped:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync()
     return float(grad_norm)
+
+
+def wait_for_weights(student: TrainableStudent) -> None:
+    """Returns when the weights are those of the latest step on every rank. All ranks must call it.
+
+    A second call does nothing.
+    """
+    for chunk in student.wrapped:
+        for buckets in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            if buckets.param_gather_handle is not None:
+                buckets.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def zero_gradients(student: TrainableStudent) -> None:

@@ -21,7 +21,7 @@ from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.observability.timers import PhaseTimers
 from megatron_opdlm.parallel.device import device
 from megatron_opdlm.training.expert_load import ExpertLoad
-from megatron_opdlm.training.optimizer import TrainableStudent, optimizer_step, zero_gradients
+from megatron_opdlm.training.optimizer import TrainableStudent, optimizer_step, wait_for_weights, zero_gradients
 
 MicroBatch = tuple[OnPolicyStates, torch.Tensor | None]
 
@@ -47,7 +47,8 @@ class TrainStep:
         """One optimizer step on this rank's share of a global batch. All ranks must call it.
 
         All pipeline stages and all ranks that share sequences pass the same micro-batches. Returns the sums of
-        `distillation_loss` over their rows and the gradient norm of the global batch.
+        `distillation_loss` over their rows and the gradient norm of the global batch. The student's weights may be
+        read after `wait_for_weights` only.
         """
         if len(self.student.wrapped) > 1:  # see `variable_seq_lengths` in models.build
             width = max(states.clean_ids_BT.shape[1] for states in micro_batches)
@@ -55,6 +56,7 @@ class TrainStep:
         with self.timers.phase("teacher"):
             targets = teacher_hidden_states(self.teacher, micro_batches)
         with self.timers.phase("student"):
+            wait_for_weights(self.student)
             zero_gradients(self.student)
             sums = self._forward_backward(list(zip(micro_batches, targets, strict=True)))
         with self.timers.phase("optimizer"):

@@ -44,7 +44,7 @@ from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
 from megatron_opdlm.training.balance import balance_rows
 from megatron_opdlm.training.curricula import domain_limit, max_new_tokens_at
 from megatron_opdlm.training.expert_load import ExpertLoad
-from megatron_opdlm.training.optimizer import learning_rate, make_trainable, parameter_count
+from megatron_opdlm.training.optimizer import learning_rate, make_trainable, parameter_count, wait_for_weights
 from megatron_opdlm.training.step_metrics import StepMetrics
 from megatron_opdlm.training.train_step import TrainStep
 
@@ -73,7 +73,8 @@ class Trainer:
         self.source, self.special = source, source.special
         training = config.training
         steps_per_rollout = training.num_prompts_per_step // training.global_batch_size
-        self.student = make_trainable(model, config.optimizer, training.max_steps * steps_per_rollout)
+        num_optimizer_steps = training.max_steps * steps_per_rollout
+        self.student = make_trainable(model, config.optimizer, config.parallel, num_optimizer_steps)
         self.engine = RolloutEngine(model, config.rollout, self.special, training.seed)
         self.timers = PhaseTimers(torch.cuda.synchronize)
         self.metrics = StepMetrics(source.architecture, teacher_source.architecture, self.groups.dp)
@@ -121,6 +122,7 @@ class Trainer:
             with self.timers.phase("balance"):
                 states, imbalances = balance_rows(states, self.config.training, self.groups.dp)
             step_sums = [self.train_step(micro_batches) for micro_batches in self._global_batches(states)]
+            wait_for_weights(self.student)
         seconds = self.timers.seconds()  # and those for which a checkpoint after the step before held up the training
         self.timers.reset()
         return self.metrics.of_step(

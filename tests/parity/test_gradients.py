@@ -25,20 +25,20 @@ from tests.references import load_reference, two_stream_logits
 from tests.tiny_qwen3 import make_tiny_qwen3, write_prompts
 from tests.worlds import layout, tiny_config
 
-FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-SELECTIVE_RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+MLP_RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
 CASES = {
     "one row at a time": {"micro_batch_size": 1},
     "all rows at once": {"micro_batch_size": 4},
     "aten": {"micro_batch_size": 2, "backend": "aten"},
-    "recompute": {"micro_batch_size": 4, "transformer": FULL_RECOMPUTE},
-    "recompute, one row at a time, aten": {"micro_batch_size": 1, "backend": "aten", "transformer": FULL_RECOMPUTE},
-    "selective recompute": {"micro_batch_size": 2, "transformer": SELECTIVE_RECOMPUTE},
-    "selective recompute, aten": {"micro_batch_size": 2, "backend": "aten", "transformer": SELECTIVE_RECOMPUTE},
+    "recompute": {"micro_batch_size": 4, "recompute": "full"},
+    "recompute, one row at a time, aten": {"micro_batch_size": 1, "backend": "aten", "recompute": "full"},
+    "selective recompute": {"micro_batch_size": 2, "recompute": "selective"},
+    "selective recompute, aten": {"micro_batch_size": 2, "backend": "aten", "recompute": "selective"},
+    "recompute of the MLP alone": {"micro_batch_size": 2, "transformer": MLP_RECOMPUTE},
     "tied": {"micro_batch_size": 2, "tie": True},
     "shifted logits": {"micro_batch_size": 2, "logit_shift": "next_token"},
     "shifted logits, tied, aten": {"micro_batch_size": 1, "logit_shift": "next_token", "tie": True, "backend": "aten"},
-    "tied, recompute": {"micro_batch_size": 2, "tie": True, "transformer": FULL_RECOMPUTE},
+    "tied, recompute": {"micro_batch_size": 2, "tie": True, "recompute": "full"},
 }
 Gradients = dict[str, torch.Tensor]
 
@@ -78,6 +78,7 @@ def make_trainer(folders: dict, root: Path, case: dict):
                 global_batch_size=4,
                 micro_batch_size=case["micro_batch_size"],
                 pad_to_multiple=16,
+                recompute=case.get("recompute", "none"),
             ),
             logging=LoggingConfig(directory=str(root / "run")),
         )

@@ -21,18 +21,11 @@ from tests.parity import test_flash_package, test_gradients
 from tests.parity.test_attention import CPU, make_inputs
 from tests.parity.test_attention_transformer_engine import HOPPER, transformer_config
 from tests.parity.test_flash_package import PACKAGES
-from tests.parity.test_gradients import (
-    FULL_RECOMPUTE,
-    SELECTIVE_RECOMPUTE,
-    make_trainer,
-    megatron_gradients,
-    roll_out_states,
-)
+from tests.parity.test_gradients import make_trainer, megatron_gradients, roll_out_states
 from tests.worlds import layout
 
 folders, install = test_gradients.folders, test_flash_package.install  # fixtures
 BACKENDS = ("dense", "aten", "te", *(name for name in PACKAGES))
-RECOMPUTES = {"none": {}, "selective": SELECTIVE_RECOMPUTE, "full": FULL_RECOMPUTE}
 
 
 @pytest.fixture
@@ -53,7 +46,7 @@ def build(monkeypatch, install):
     return build_one
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTES)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_step_has_the_gradients_of_the_dense_backend_without_recompute(
     name,
@@ -71,7 +64,7 @@ def test_a_step_has_the_gradients_of_the_dense_backend_without_recompute(
         backend = build(name)
         attended = []
         monkeypatch.setattr(student_and_teacher, "build_backend", lambda *_: attended.append(name) or backend)
-        case = {"micro_batch_size": 2, "transformer": RECOMPUTES[recompute]}
+        case = {"micro_batch_size": 2, "recompute": recompute}
         actual, _ = megatron_gradients(make_trainer(folders, tmp_path / "other", case), states)
     assert attended == [name]
     for key, gradient in expected.items():

@@ -193,7 +193,8 @@ def config_refusal(config: TransformerConfig, case: AttentionCase) -> str | None
         )
     if case.fp8 and config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules:
         return (
-            "recompute_modules (core_attn) in student.transformer must not be combined with attention.fp8: Megatron "
-            "recomputes it outside the FP8 context; full recompute is possible, and fused attention needs none"
+            "training.recompute (selective), or recompute_modules (core_attn) in student.transformer, must not be "
+            "combined with attention.fp8: Megatron recomputes it outside the FP8 context; training.recompute full is "
+            "possible, and fused attention needs none"
         )
     return None
