@@ -163,11 +163,13 @@ def build_teacher(source: Pretrained, config: Config, groups: ProcessGroupCollec
         parallel=config.parallel,
         dtype=config.precision.dtype,
         padded_vocab_size=num_rows,
-        overrides=overrides,
+        # Transformer Engine would keep the FP8 copies of the weights on the GPU.
+        overrides={"disable_parameter_transpose_cache": config.teacher.offload} | overrides,
         fp8_recipe=recipe,
     )
     source.load_into(model, groups, source.architecture)
-    return model.freeze()
+    model.freeze()
+    return model.move_to_host() if config.teacher.offload else model
 
 
 def _attention_case(architecture: Qwen3Architecture, config: Config) -> AttentionCase:

@@ -29,16 +29,17 @@ def teacher_hidden_states(
     A forward-only pass of Megatron's schedule, so all ranks must call it. Only the last pipeline stage gets them, the
     others get None for each.
     """
-    collected = get_forward_backward_func()(
-        forward_step_func=functools.partial(_forward_step, teacher.context),
-        data_iterator=[iter(micro_batches) for _ in teacher.chunks],
-        model=teacher.chunks,
-        num_microbatches=len(micro_batches),
-        seq_length=max(states.clean_ids_BT.shape[1] for states in micro_batches),
-        micro_batch_size=len(micro_batches[0].lengths_B),
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
+    with teacher.on_device():
+        collected = get_forward_backward_func()(
+            forward_step_func=functools.partial(_forward_step, teacher.context),
+            data_iterator=[iter(micro_batches) for _ in teacher.chunks],
+            model=teacher.chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=max(states.clean_ids_BT.shape[1] for states in micro_batches),
+            micro_batch_size=len(micro_batches[0].lengths_B),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
     return collected if teacher.is_last_stage else [None] * len(micro_batches)
 
 

@@ -13,8 +13,10 @@ Parameters and modules go by the names that they have in the whole model, whiche
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from megatron.core.transformer import TransformerConfig
 
 from megatron_opdlm.parallel.context_link import ContextLink
+from megatron_opdlm.parallel.host_memory import HostedWeights
 from megatron_opdlm.parallel.stage_link import StageLink
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ class PipelineModel:
         expert_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.chunks, self.link, self.context, self.expert_group = chunks, link, context, expert_group
+        self._hosted: HostedWeights | None = None
 
     @property
     def config(self) -> TransformerConfig:
@@ -64,8 +68,9 @@ class PipelineModel:
         Arguments as for `Qwen3Model`. All ranks of the tensor- and pipeline-parallel groups must call it with the same.
         Gradients flow back within a stage only; between stages they are the business of Megatron's schedules.
         """
-        for chunk in self.chunks:
-            hidden_SBH = self.run(chunk, input_ids, position_ids, attention_mask)
+        with self.on_device():
+            for chunk in self.chunks:
+                hidden_SBH = self.run(chunk, input_ids, position_ids, attention_mask)
         return hidden_SBH if self.is_last_stage else None
 
     def run(
@@ -129,6 +134,19 @@ class PipelineModel:
         for chunk in self.chunks:
             chunk.eval().requires_grad_(False)
         return self
+
+    def move_to_host(self) -> PipelineModel:
+        """Leaves a frozen model's weights in host memory, all but the output layer's, whose logits come later.
+
+        Returns the model. A call of it and `on_device` bring them to the device for as long as they last.
+        """
+        output_weight = self.output_weight if self.is_last_stage else None
+        self._hosted = HostedWeights(weight for weight in self.parameters() if weight is not output_weight)
+        return self
+
+    def on_device(self) -> AbstractContextManager[None]:
+        """A context within which the chunks can run; of no effect unless `move_to_host` was called."""
+        return contextlib.nullcontext() if self._hosted is None else self._hosted.on_device()
 
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """The weights as Megatron's sharded tensors, by their names in the whole model. All ranks must call it."""

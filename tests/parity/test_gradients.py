@@ -7,6 +7,7 @@ activation recompute, and Megatron's normalisation over the global batch.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ CASES = {
     "tied": {"micro_batch_size": 2, "tie": True},
     "shifted logits": {"micro_batch_size": 2, "logit_shift": "next_token"},
     "shifted logits, tied, aten": {"micro_batch_size": 1, "logit_shift": "next_token", "tie": True, "backend": "aten"},
+    "teacher in host memory": {"micro_batch_size": 2, "offload": True},
     "tied, recompute": {"micro_batch_size": 2, "tie": True, "recompute": "full"},
 }
 Gradients = dict[str, torch.Tensor]
@@ -58,31 +60,31 @@ def make_trainer(folders: dict, root: Path, case: dict):
     """A trainer whose gradients stay as they are: no clipping, no step to speak of."""
     from megatron_opdlm.training.trainer import Trainer
 
-    return Trainer(
-        tiny_config(
-            folders[case.get("tie", False)],
-            teacher=folders["teacher"],
-            backend=case.get("backend", "dense"),
-            transformer=case.get("transformer"),
-            rollout=RolloutConfig(
-                max_new_tokens=12,
-                dynamic_threshold=0.12,
-                stop_token_ids=[5],
-                logit_shift=case.get("logit_shift", "none"),
-            ),
-            divergence=DivergenceConfig(chunk_size=5),
-            data=DataConfig(train_files=[str(folders["prompts"])]),
-            optimizer=OptimizerConfig(lr=1e-12, min_lr=0.0, clip_grad=0.0),
-            training=TrainingConfig(
-                num_prompts_per_step=4,
-                global_batch_size=4,
-                micro_batch_size=case["micro_batch_size"],
-                pad_to_multiple=16,
-                recompute=case.get("recompute", "none"),
-            ),
-            logging=LoggingConfig(directory=str(root / "run")),
-        )
+    config = tiny_config(
+        folders[case.get("tie", False)],
+        teacher=folders["teacher"],
+        backend=case.get("backend", "dense"),
+        transformer=case.get("transformer"),
+        rollout=RolloutConfig(
+            max_new_tokens=12,
+            dynamic_threshold=0.12,
+            stop_token_ids=[5],
+            logit_shift=case.get("logit_shift", "none"),
+        ),
+        divergence=DivergenceConfig(chunk_size=5),
+        data=DataConfig(train_files=[str(folders["prompts"])]),
+        optimizer=OptimizerConfig(lr=1e-12, min_lr=0.0, clip_grad=0.0),
+        training=TrainingConfig(
+            num_prompts_per_step=4,
+            global_batch_size=4,
+            micro_batch_size=case["micro_batch_size"],
+            pad_to_multiple=16,
+            recompute=case.get("recompute", "none"),
+        ),
+        logging=LoggingConfig(directory=str(root / "run")),
     )
+    teacher = dataclasses.replace(config.teacher, offload=case.get("offload", False))
+    return Trainer(dataclasses.replace(config, teacher=teacher))
 
 
 def roll_out_states(trainer):
