@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opdlm.checkpointing.distributed import METADATA, load_checkpoint
@@ -56,9 +57,22 @@ def load_train_state(
 ) -> dict:
     """Fills model and optimizer and returns `progress`. All ranks must call it. ValueError if the folder is damaged."""
     state = load_checkpoint(folder, _sharded_state(model, optimizer, groups, is_loading=True))
-    model.load_state_dict(state["model"])
     optimizer.load_state_dict(_optimizer_state(optimizer, state["optimizer"]))
+    # The weights come last: where part of the optimizer is on the CPU, Megatron makes room for its state by a step.
+    model.load_state_dict(state["model"])
+    _forget_loaded_step(optimizer)
     return state[PROGRESS]
+
+
+def _forget_loaded_step(optimizer: MegatronOptimizer) -> None:
+    """Where part of the optimizer is on the CPU, lets the part on the GPU count on from the step it was loaded with.
+
+    Before each step Megatron copies the settings of the whole to the parts, and a number of steps would be among them.
+    """
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            for group in part.optimizer.param_groups:
+                group.pop("step", None)
 
 
 def _optimizer_state(optimizer: MegatronOptimizer, loaded: dict) -> dict:
@@ -89,7 +103,16 @@ def _sharded_state(
     state = {"model": model.sharded_state_dict(metadata=metadata)}
     with _old_objects_left_alone():
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    _leave_out_classes(state["optimizer"])
     return state
+
+
+def _leave_out_classes(state: dict) -> None:
+    """Takes the classes of optimizers out of the settings saved, in place: `torch.load` would refuse them."""
+    for part in (state,) if "optimizer" in state else state.values():
+        for group in part["optimizer"]["param_groups"]:
+            for name in [name for name, value in group.items() if isinstance(value, type)]:
+                del group[name]
 
 
 @contextlib.contextmanager

@@ -197,6 +197,7 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
     )
     for name, beta in (("adam_beta1", optimizer.adam_beta1), ("adam_beta2", optimizer.adam_beta2)):
         _require(0 <= beta < 1, f"optimizer.{name} ({beta}) must be at least 0 and below 1")
+    _within(0, 1, "optimizer", cpu_offload_fraction=optimizer.cpu_offload_fraction)
     _require(optimizer.adam_eps > 0, f"optimizer.adam_eps ({optimizer.adam_eps}) must be over 0")
 
 
@@ -223,11 +224,17 @@ def _check_intervals(checkpoint: CheckpointConfig, evaluation: EvaluationConfig)
 
 
 def _check_precision(config: Config) -> None:
-    """What FP8 needs of the other settings; what it needs of the machine is in `models.fp8`."""
+    """What number formats need of the other settings; what FP8 needs of the machine is in `models.fp8`."""
     _require(
         config.precision.teacher_fp8 != "delayed",
         "precision.teacher_fp8 (delayed) must be off, tensorwise or blockwise: Transformer Engine updates delayed "
         "scales only after a forward with gradients, and the teacher has none",
+    )
+    fraction, dtype = config.optimizer.cpu_offload_fraction, config.precision.dtype
+    _require(
+        fraction == 0 or dtype == "bfloat16",
+        f"optimizer.cpu_offload_fraction ({fraction}) needs precision.dtype ({dtype}) to be bfloat16: Megatron could "
+        "not resume the offloaded state of float32 parameters",
     )
     _check_fp8("fp8", config.precision, "student", config.student.transformer)
     _check_fp8("teacher_fp8", config.precision, "teacher", config.teacher.transformer)

@@ -43,9 +43,9 @@ class TeacherConfig:
     transformer: dict = field(default_factory=dict)
     """Overrides of Megatron's TransformerConfig, by its own field names."""
     offload: bool = False
-    """Keep the weights in (pinned) host memory, and on the GPU only while the teacher's forward runs. Frees them there,
-    all but the output layer, for the student and its rollout; costs a copy of the rank's shard at every optimizer step,
-    about 0.4 s for 16 GB over PCIe 5."""
+    """Keep the weights, all but the output layer's, in pinned host memory, and on the GPU only while the teacher's
+    forward runs. Frees their memory for the student and its rollout; costs a copy of the rank's shard to the GPU at
+    every optimizer step, and as much host memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

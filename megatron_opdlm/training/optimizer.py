@@ -24,7 +24,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_opdlm.config.schema import OptimizerConfig as Settings
 from megatron_opdlm.config.schema import ParallelConfig
+from megatron_opdlm.models.layer_specs import has_transformer_engine
 from megatron_opdlm.models.pipeline import PipelineModel
+from megatron_opdlm.parallel.device import device
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class TrainableStudent:
 def make_trainable(
     model: PipelineModel, settings: Settings, parallel: ParallelConfig, num_optimizer_steps: int
 ) -> TrainableStudent:
-    """Wraps the student. All ranks must call it. ValueError where no fused Adam is installed on a GPU machine.
+    """Wraps the student. All ranks must call it.
+
+    ValueError where no fused Adam is installed on a GPU machine, or where there is no GPU to offload from.
 
     `num_optimizer_steps` of the whole run is the cosine's length unless `optimizer.lr_decay_steps` gives another.
     """
@@ -66,10 +70,32 @@ def make_trainable(
             use_distributed_optimizer=True,
             bf16=is_bf16,
             params_dtype=config.params_dtype,
+            **_offload_settings(settings.cpu_offload_fraction),
         ),
         wrapped,
     )
     return TrainableStudent(model, wrapped, optimizer, _cosine(optimizer, settings, num_optimizer_steps))
+
+
+def _offload_settings(fraction: float) -> dict:
+    """Fields of Megatron's OptimizerConfig that give some parameters to PyTorch's AdamW on the CPU."""
+    if fraction == 0:
+        return {}
+    if device().type == "cpu":
+        raise ValueError(
+            f"optimizer.cpu_offload_fraction ({fraction}) must be 0 without a GPU: all memory is the host's already"
+        )
+    if not has_transformer_engine():
+        raise ValueError(
+            f"optimizer.cpu_offload_fraction ({fraction}) needs Transformer Engine, which cannot be imported; try "
+            'pip install "megatron-opdlm[te]"'
+        )
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": fraction,
+        "use_precision_aware_optimizer": True,  # whose way of handing gradients over the hybrid optimizer needs
+        "overlap_cpu_optimizer_d2h_h2d": True,
+    }
 
 
 def _data_parallel(model: PipelineModel, parallel: ParallelConfig) -> list[DistributedDataParallel]:
@@ -101,9 +127,9 @@ def _data_parallel(model: PipelineModel, parallel: ParallelConfig) -> list[Distr
 def _count_padding_as_content(buffer: _ParamAndGradBuffer) -> None:
     """Lets checkpoints hold the optimizer's state of a buffer with several buckets.
 
-    To save it, Megatron-Core 0.16.1 puts the buckets together without the padding between them, and then looks for each
-    parameter where it is with the padding (`get_parameter_state_dp_zero` and `sharded_param_state_fully_reshardable` in
-    core/optimizer/distrib_optimizer.py), so that what follows a padded bucket is saved from the wrong place.
+    To save it, Megatron-Core (0.16.1, 0.19.0) puts the buckets together without the padding between them, and looks for
+    each parameter where it is with the padding (`get_parameter_state_dp_zero`, `sharded_param_state_fully_reshardable`
+    in core/optimizer/distrib_optimizer.py): what follows a padded bucket would be saved from the wrong place.
     """
     for bucket in buffer.buckets:
         bucket.numel_unpadded = bucket.grad_data.numel()

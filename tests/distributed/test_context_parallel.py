@@ -35,7 +35,6 @@ OTHERS = [
     Run(4, "context parallel 2, 2 stages", 1, tie=True),
     Run(4, "context parallel 2, 2 stages of 2 chunks", 2),
 ]
-RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 RECOMPUTING = (OTHERS[0], OTHERS[4], OTHERS[6])
 """Runs whose backward passes run the student's layers, and so the exchanges between ranks, a second time."""
 RESUMED = {
@@ -179,9 +178,10 @@ def train_long(run: Run, root: Path) -> tuple[list[dict], dict]:
         global_batch_size=8,
         micro_batch_size=run.micro_batch_size,
         pad_to_multiple=8,
+        recompute="full" if run in RECOMPUTING else "none",
     )
     folder, save_interval = root / ("tied" if run.tie else "untied"), 2 if run in (*RESUMED, *RESUMED.values()) else 0
-    student = StudentConfig(hf=str(folder), transformer=RECOMPUTE if run in RECOMPUTING else {})
+    student = StudentConfig(hf=str(folder))
     return train(run, root, save_interval, student=student, rollout=rollout, data=data, training=training)
 
 

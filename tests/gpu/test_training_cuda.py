@@ -15,6 +15,7 @@ from megatron_opdlm.config.schema import (
     AttentionConfig,
     DataConfig,
     LoggingConfig,
+    OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
     RolloutConfig,
@@ -24,7 +25,6 @@ from tests.tiny_qwen3 import make_tiny_qwen3, write_prompts
 from tests.worlds import layout, tiny_config
 
 pytestmark = pytest.mark.gpu
-FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 NUM_STEPS = 3
 """Delayed scales start from one, so they need some steps to mean something."""
 
@@ -46,7 +46,17 @@ def world_of_one_gpu():
     shut_down()
 
 
-def first_metrics(folders, root, *, precision: dict, attention: dict, transformer: dict) -> list[dict[str, float]]:
+def first_metrics(
+    folders,
+    root,
+    *,
+    precision: dict | None = None,
+    attention: dict | None = None,
+    transformer: dict | None = None,
+    recompute: str = "none",
+    fraction: float = 0.0,
+    offload: bool = False,
+) -> list[dict[str, float]]:
     """Metrics of the first steps of a run in bfloat16, or a skip where this machine refuses what it asks for."""
     from megatron_opdlm.training.trainer import Trainer
 
@@ -54,15 +64,17 @@ def first_metrics(folders, root, *, precision: dict, attention: dict, transforme
     config = tiny_config(
         model,
         transformer=transformer,
+        optimizer=OptimizerConfig(cpu_offload_fraction=fraction),
         rollout=RolloutConfig(max_new_tokens=12, temperature=0.0),
         data=DataConfig(train_files=[str(prompts)]),
-        training=TrainingConfig(num_prompts_per_step=4, global_batch_size=4, micro_batch_size=2),
+        training=TrainingConfig(num_prompts_per_step=4, global_batch_size=4, micro_batch_size=2, recompute=recompute),
         logging=LoggingConfig(directory=str(root)),
     )
     config = dataclasses.replace(
         config,
-        precision=PrecisionConfig(dtype="bfloat16", **precision),
-        attention=AttentionConfig(**attention),
+        teacher=dataclasses.replace(config.teacher, offload=offload),
+        precision=PrecisionConfig(dtype="bfloat16", **(precision or {})),
+        attention=AttentionConfig(**(attention or {})),
     )
     with layout(config.parallel):
         try:
@@ -76,7 +88,7 @@ def first_metrics(folders, root, *, precision: dict, attention: dict, transforme
     return metrics
 
 
-@pytest.mark.parametrize("recompute", [{}, FULL_RECOMPUTE], ids=["no recompute", "full recompute"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize(
     ("precision", "attention"),
     [
@@ -92,8 +104,8 @@ def test_steps_in_fp8_come_close_to_those_in_bfloat16(
     precision, attention, recompute, folders, world_of_one_gpu, tmp_path
 ):
     pytest.importorskip("transformer_engine", reason="FP8 needs Transformer Engine")
-    exact = first_metrics(folders, tmp_path / "bf16", precision={}, attention={}, transformer=recompute)
-    rough = first_metrics(folders, tmp_path / "fp8", precision=precision, attention=attention, transformer=recompute)
+    exact = first_metrics(folders, tmp_path / "bf16", recompute=recompute)
+    rough = first_metrics(folders, tmp_path / "fp8", precision=precision, attention=attention, recompute=recompute)
     assert exact[0]["train/loss"] > 0
     # Nothing has been learnt before the first step, so both decode the same.
     assert rough[0]["rollout/tokens_per_step"] == exact[0]["rollout/tokens_per_step"]
@@ -105,9 +117,37 @@ def test_steps_in_fp8_come_close_to_those_in_bfloat16(
 def test_local_and_transformer_engine_layers_take_the_same_step(folders, world_of_one_gpu, tmp_path):
     pytest.importorskip("transformer_engine", reason="the comparison needs Transformer Engine")
     runs = [
-        first_metrics(folders, tmp_path / name, precision={}, attention={}, transformer={"transformer_impl": name})[0]
+        first_metrics(folders, tmp_path / name, transformer={"transformer_impl": name})[0]
         for name in ("local", "transformer_engine")
     ]
     assert torch.cuda.is_available()
     assert runs[0]["train/loss"] == pytest.approx(runs[1]["train/loss"], rel=0.02)
     assert runs[0]["train/grad_norm"] == pytest.approx(runs[1]["train/grad_norm"], rel=0.05)
+
+
+def test_a_teacher_in_host_memory_teaches_the_same(folders, world_of_one_gpu, tmp_path):
+    plain = first_metrics(folders, tmp_path / "plain")
+    hosted = first_metrics(folders, tmp_path / "hosted", offload=True)
+    assert [step["train/loss"] for step in hosted] == pytest.approx([step["train/loss"] for step in plain], rel=1e-3)
+
+
+def test_weights_in_host_memory_are_pinned_and_take_no_memory_of_the_gpu():
+    from megatron_opdlm.parallel.host_memory import HostedWeights
+
+    before = torch.cuda.memory_allocated()
+    weight = torch.randn(1024, 1024, device="cuda")
+    expected = weight.sum().item()
+    hosted = HostedWeights([weight])
+    assert torch.cuda.memory_allocated() == before and all(copy.is_pinned() for copy in hosted._copies)
+    with hosted.on_device():
+        assert weight.sum().item() == expected
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_an_optimizer_in_host_memory_takes_the_same_steps(fraction, folders, world_of_one_gpu, tmp_path):
+    pytest.importorskip("transformer_engine", reason="it needs Transformer Engine")
+    plain = first_metrics(folders, tmp_path / "plain")
+    offloaded = first_metrics(folders, tmp_path / "offloaded", fraction=fraction)
+    for name in ("train/loss", "train/grad_norm"):
+        assert [step[name] for step in offloaded] == pytest.approx([step[name] for step in plain], rel=0.02)

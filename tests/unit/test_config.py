@@ -244,6 +244,28 @@ def test_a_wrong_value_in_a_recipe_names_setting_value_and_rule(tmp_path):
             "student.transformer.window_size ([128, 0]) must be left out: attention is a plain softmax",
         ),
         (
+            'student.transformer={"tp_comm_overlap":true}',
+            "student.transformer.tp_comm_overlap (True) must be left out: Transformer Engine's user buffers take one",
+        ),
+        (
+            'student.transformer={"no_sync_func":"f"}',
+            "student.transformer.no_sync_func (f) must be left out: parallel.overlap_grad_reduce",
+        ),
+        ("training.recompute=half", "training.recompute (half) must be one of none, selective, full"),
+        (
+            'training.recompute=full student.transformer={"recompute_modules":["mlp"]}',
+            "student.transformer.recompute_modules (['mlp']) must be left out under training.recompute (full)",
+        ),
+        (
+            'teacher.transformer={"recompute_granularity":"full"}',
+            "teacher.transformer.recompute_granularity (full) must be left out: the teacher has no backward pass",
+        ),
+        ("optimizer.cpu_offload_fraction=1.5", "optimizer.cpu_offload_fraction (1.5) must lie between 0 and 1"),
+        (
+            "optimizer.cpu_offload_fraction=0.5 precision.dtype=float32",
+            "optimizer.cpu_offload_fraction (0.5) needs precision.dtype (float32) to be bfloat16",
+        ),
+        (
             "precision.fp8=blockwise attention.fp8=true",
             "attention.fp8 (true) needs precision.fp8 (blockwise) to be delayed",
         ),
