@@ -45,7 +45,7 @@ class TeacherConfig:
     offload: bool = False
     """Keep the weights, all but the output layer's, in pinned host memory, and on the GPU only while the teacher's
     forward runs. Frees their memory for the student and its rollout; costs a copy of the rank's shard to the GPU at
-    every optimizer step, and as much host memory."""
+    every optimizer step, and up to twice as much host memory, of which PyTorch pins powers of two."""
 
 
 @dataclass(frozen=True, kw_only=True)
