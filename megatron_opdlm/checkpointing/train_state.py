@@ -57,9 +57,9 @@ def load_train_state(
 ) -> dict:
     """Fills model and optimizer and returns `progress`. All ranks must call it. ValueError if the folder is damaged."""
     state = load_checkpoint(folder, _sharded_state(model, optimizer, groups, is_loading=True))
-    optimizer.load_state_dict(_optimizer_state(optimizer, state["optimizer"]))
-    # The weights come last: where part of the optimizer is on the CPU, Megatron makes room for its state by a step.
+    # After `_sharded_state`: where part of the optimizer is on the CPU, Megatron makes room for its state by a step.
     model.load_state_dict(state["model"])
+    optimizer.load_state_dict(_optimizer_state(optimizer, state["optimizer"]))
     _forget_loaded_step(optimizer)
     return state[PROGRESS]
 
