@@ -11,6 +11,7 @@ Legend: `B` sequences, `T` positions of one stream, `K` block, `S` denoising ste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 
 from megatron_opdlm.config.schema import RolloutConfig
 from megatron_opdlm.diffusion.attention_pattern import block_diffusion_mask
+from tests.slow_remasking import commits_slowly
 
 
 def load_reference(folder: Path, dtype: torch.dtype = torch.float64):
@@ -86,7 +88,7 @@ def decode_slowly(
         while masked:
             drawn = _draw_at(model, ids, masked, block_uniforms[step], settings, mask_token_id)
             for position in _chosen(drawn, step, settings):
-                ids[position], log_probs[position] = drawn[position]
+                ids[position], log_probs[position], _ = drawn[position]
                 steps[position] = step + 1
                 masked.remove(position)
             step += 1
@@ -97,8 +99,8 @@ def decode_slowly(
             return result
 
 
-def _draw_at(model, ids, masked, uniforms, settings, mask_token_id) -> dict[int, tuple[int, float]]:
-    """Position -> drawn token and the raw log-probability it has."""
+def _draw_at(model, ids, masked, uniforms, settings, mask_token_id) -> dict[int, tuple[int, float, float]]:
+    """Position -> drawn token, the raw log-probability it has, and the entropy of what it was drawn from."""
     length, size = len(ids), settings.block_size
     block = torch.arange(length) // size
     logits_TV = masked_logits(model, torch.tensor([ids]), torch.arange(length), (block[:, None] >= block)[None])[0]
@@ -108,7 +110,7 @@ def _draw_at(model, ids, masked, uniforms, settings, mask_token_id) -> dict[int,
         logits = logits_TV[position - shift].double()
         logits[mask_token_id] = -torch.inf
         token = draw_slowly(logits, float(uniforms[position % size]), settings)
-        drawn[position] = token, float(logits.log_softmax(0)[token])
+        drawn[position] = token, float(logits.log_softmax(0)[token]), entropy_slowly(logits, settings)
     return drawn
 
 
@@ -128,7 +130,7 @@ def slow_distribution(logits: torch.Tensor, settings: RolloutConfig) -> list[flo
     if settings.temperature == 0:
         return [float(token == int(logits.argmax())) for token in range(len(logits))]
     probabilities = (logits.double() / settings.temperature).softmax(0).tolist()
-    kept = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])[: settings.top_k or None]
+    kept = sorted(range(len(probabilities)), key=lambda token: -float(logits[token]))[: settings.top_k or None]
     whole = sum(probabilities[token] for token in kept)
     nucleus, total = [], 0.0
     for token in kept:
@@ -139,16 +141,24 @@ def slow_distribution(logits: torch.Tensor, settings: RolloutConfig) -> list[flo
     return [probabilities[token] / total if token in nucleus else 0.0 for token in range(len(probabilities))]
 
 
-def _chosen(drawn: dict[int, tuple[int, float]], step: int, settings: RolloutConfig) -> list[int]:
-    """The positions that a denoising step commits, by the words of the method."""
+def entropy_slowly(logits: torch.Tensor, settings: RolloutConfig) -> float:
+    """Of the distribution that a token is drawn from, in nats."""
+    return -sum(p * math.log(p) for p in slow_distribution(logits, settings) if p > 0)
+
+
+def _chosen(drawn: dict[int, tuple[int, float, float]], step: int, settings: RolloutConfig) -> list[int]:
+    """The positions that a denoising step commits."""
     size, num_steps = settings.block_size, settings.denoising_steps_per_block
-    at_least = size // num_steps + (1 if step < size % num_steps else 0)
-    by_confidence = sorted(drawn, key=lambda position: (-drawn[position][1], position))
-    if step == num_steps - 1:
-        return by_confidence
-    if settings.remasking_strategy == "low_confidence_dynamic":
-        threshold = torch.tensor(settings.dynamic_threshold).log().item() if settings.dynamic_threshold else -torch.inf
-        above = [position for position in by_confidence if drawn[position][1] > threshold]
-        if len(above) >= at_least:
-            return above
-    return by_confidence[:at_least]
+    begin = min(drawn) // size * size
+    _, log_probs, entropies = zip(*(drawn.get(begin + place, (0, 0.0, 0.0)) for place in range(size)), strict=True)
+    places = commits_slowly(
+        settings.remasking_strategy,
+        [math.exp(log_prob) for log_prob in log_probs],
+        [begin + place in drawn for place in range(size)],
+        size // num_steps + (1 if step < size % num_steps else 0),
+        step == num_steps - 1,
+        threshold=settings.dynamic_threshold,
+        entropies=list(entropies),
+        entropy_bound=settings.entropy_bound,
+    )
+    return [begin + place for place in sorted(places)]

@@ -240,10 +240,10 @@ def build_ours(sizes: Sizes, folder: Path) -> Variant:
     from megatron_opdlm.config.schema import DivergenceConfig, ParallelConfig, RolloutConfig
     from megatron_opdlm.distillation.loss import distillation_loss
     from megatron_opdlm.distillation.teacher import teacher_hidden_states
-    from megatron_opdlm.distillation.vocabulary_parallel import VocabularyShard
     from megatron_opdlm.models.attention.backend import AttentionCase, build_backend
     from megatron_opdlm.models.attention.core_attention import BlockDiffusionCoreAttention, CausalCoreAttention
     from megatron_opdlm.parallel.initialize import initialize
+    from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
 
     groups = initialize(ParallelConfig(), seed=0)
     backend = build_backend("aten", AttentionCase(device_type="cpu"))

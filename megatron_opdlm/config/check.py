@@ -164,7 +164,7 @@ def _check_rollout(rollout: RolloutConfig) -> None:
 
 def _check_sampling(rollout: RolloutConfig) -> None:
     _within(0, 1, "rollout", dynamic_threshold=rollout.dynamic_threshold)
-    _at_least(0, "rollout", temperature=rollout.temperature, top_k=rollout.top_k)
+    _at_least(0, "rollout", entropy_bound=rollout.entropy_bound, temperature=rollout.temperature, top_k=rollout.top_k)
     _require(0 < rollout.top_p <= 1, f"rollout.top_p ({rollout.top_p}) must be over 0 and at most 1")
     for token_id in rollout.stop_token_ids:
         _at_least(0, "rollout", stop_token_ids=token_id)

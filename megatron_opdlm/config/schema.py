@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-RemaskingStrategy = Literal["low_confidence_static", "low_confidence_dynamic"]
+RemaskingStrategy = Literal["low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"]
 LogitShift = Literal["none", "next_token"]
 CurriculumShape = Literal["linear", "sine", "cosine"]
 Fp8Recipe = Literal["off", "delayed", "tensorwise", "blockwise"]
@@ -135,9 +135,13 @@ class RolloutConfig:
     denoising_steps_per_block: int = 4
     """At most this many denoising steps per block (S); not more than `block_size`."""
     remasking_strategy: RemaskingStrategy = "low_confidence_dynamic"
-    """Which masked positions a denoising step commits."""
+    """Which masked positions a denoising step commits: the most confident; all that are confident enough; the first
+    from the left; those of least entropy, within a budget. The last step of a block commits all that are left."""
     dynamic_threshold: float = 0.9
     """`low_confidence_dynamic` commits every position whose confidence is above this."""
+    entropy_bound: float = 0.35
+    """`entropy_bounded` commits positions by rising entropy while these add up to at most this, in nats, and one at
+    least. Of the distribution that is drawn from, after temperature, top-k and top-p: at temperature 0 it is zero."""
     logit_shift: LogitShift = "none"
     """Which of the student's outputs predicts a position, while it decodes and while it trains: `none`, its own;
     `next_token`, the one at the position before, as in the autoregressive model (Dream, Fast-dLLM v2)."""

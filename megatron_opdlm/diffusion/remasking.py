@@ -8,10 +8,15 @@ Example: one block of four, the second position is already clean, and this step 
 
     >>> confidence_BK = torch.tensor([[0.95, 1.0, 0.5, 0.97]])
     >>> is_masked_BK = torch.tensor([[True, False, True, True]])
-    >>> step = dict(num_to_commit_B=torch.tensor([1]), dynamic_threshold=0.9, is_last_step_B=torch.tensor([False]))
-    >>> select_commits("low_confidence_static", confidence_BK, is_masked_BK, **step).tolist()
+    >>> step = (confidence_BK, is_masked_BK, torch.tensor([1]), torch.tensor([False]))
+    >>> select_commits("low_confidence_static", *step, dynamic_threshold=0.9).tolist()
     [[False, False, False, True]]
-    >>> select_commits("low_confidence_dynamic", confidence_BK, is_masked_BK, **step).tolist()
+    >>> select_commits("low_confidence_dynamic", *step, dynamic_threshold=0.9).tolist()
+    [[True, False, False, True]]
+    >>> select_commits("sequential", *step, dynamic_threshold=0.9).tolist()
+    [[True, False, False, False]]
+    >>> entropies = dict(entropy_BK=torch.tensor([[0.25, 0.0, 0.5, 0.125]]), entropy_bound=0.375)
+    >>> select_commits("entropy_bounded", *step, dynamic_threshold=0.9, **entropies).tolist()
     [[True, False, False, True]]
 
 Legend: `B` sequences, one block of each; `K` positions of a block.
@@ -19,7 +24,29 @@ Legend: `B` sequences, one block of each; `K` positions of a block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a strategy looks at: a batch of blocks after a denoising step has drawn its tokens.
+
+    A strategy returns bool [B, K]; what it says of a position that is not masked does not count.
+    """
+
+    confidence_BK: torch.Tensor
+    """float32 or float64, of the drawn tokens."""
+    is_masked_BK: torch.Tensor
+    """bool, the positions that may be committed."""
+    num_to_commit_B: torch.Tensor
+    """integer, n(s) of each row's own step. What it says of a row with fewer masked positions does not count."""
+    dynamic_threshold: float
+    entropy_BK: torch.Tensor | None
+    """float32 or float64, of the distribution each token was drawn from."""
+    entropy_bound: float
 
 
 def select_commits(
@@ -27,20 +54,26 @@ def select_commits(
     confidence_BK: torch.Tensor,
     is_masked_BK: torch.Tensor,
     num_to_commit_B: torch.Tensor,
-    dynamic_threshold: float,
     is_last_step_B: torch.Tensor,
+    *,
+    dynamic_threshold: float,
+    entropy_BK: torch.Tensor | None = None,
+    entropy_bound: float = 0.0,
 ) -> torch.Tensor:
     """The positions that this denoising step commits, bool [B, K]; never one that is not masked.
+
+    Whatever the strategy, a row commits all of its masked positions if they are fewer than n(s), and at its last step.
 
     Args:
         strategy: a name in `REMASKING_STRATEGIES`.
         confidence_BK: float32 or float64. bfloat16 has no number between 0.8984 and 0.9023, so it would move the
             threshold. Ignored where not masked.
         is_masked_BK: bool, the positions that are still masked. A row without any commits nothing.
-        num_to_commit_B: integer, n(s) of each row's own step (`blocks.commit_schedule`). A row with fewer masked
-            positions commits all of them. Ties in confidence go to the lower position.
-        dynamic_threshold: of `low_confidence_dynamic`; the confidence must be strictly above it.
+        num_to_commit_B: integer, n(s) of each row's own step (`blocks.commit_schedule`).
         is_last_step_B: bool, rows at their last allowed step. They commit everything left.
+        dynamic_threshold: of `low_confidence_dynamic`; the confidence must be strictly above it.
+        entropy_BK: of `entropy_bounded`, in nats. Ignored where not masked.
+        entropy_bound: of `entropy_bounded`, in nats.
 
     Raises:
         ValueError: no such strategy.
@@ -49,35 +82,52 @@ def select_commits(
         raise ValueError(f"rollout.remasking_strategy ({strategy}) must be one of {', '.join(REMASKING_STRATEGIES)}")
     assert confidence_BK.dtype in (torch.float32, torch.float64), f"{confidence_BK.dtype} quantises the threshold"
     assert confidence_BK.shape == is_masked_BK.shape, "one confidence per position"
-    block_size = confidence_BK.shape[1]
-    num_to_commit_B1 = torch.where(is_last_step_B, block_size, num_to_commit_B)[:, None]
-    return REMASKING_STRATEGIES[strategy](confidence_BK, is_masked_BK, num_to_commit_B1, dynamic_threshold)
+    candidates = Candidates(confidence_BK, is_masked_BK, num_to_commit_B, dynamic_threshold, entropy_BK, entropy_bound)
+    commits_all_B = is_last_step_B | (is_masked_BK.sum(1) < num_to_commit_B)
+    return is_masked_BK & (commits_all_B[:, None] | REMASKING_STRATEGIES[strategy](candidates))
 
 
-def low_confidence_static(
-    confidence_BK: torch.Tensor, is_masked_BK: torch.Tensor, num_to_commit_B1: torch.Tensor, dynamic_threshold: float
-) -> torch.Tensor:
-    """The `num_to_commit_B1` most confident masked positions, or all of them where fewer are masked."""
-    # Positions that are not masked rank last, and a rank below the count may still be one of theirs: hence the `&`.
-    ranked_BK = confidence_BK.masked_fill(~is_masked_BK, float("-inf"))
-    # A stable sort keeps equal confidences in the order of their positions; sorting the permutation inverts it.
-    rank_BK = ranked_BK.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return (rank_BK < num_to_commit_B1) & is_masked_BK
+def low_confidence_static(candidates: Candidates) -> torch.Tensor:
+    """The n(s) most confident masked positions."""
+    ranked_BK = candidates.confidence_BK.masked_fill(~candidates.is_masked_BK, float("-inf"))
+    return _rank(ranked_BK, descending=True) < candidates.num_to_commit_B[:, None]
 
 
-def low_confidence_dynamic(
-    confidence_BK: torch.Tensor, is_masked_BK: torch.Tensor, num_to_commit_B1: torch.Tensor, dynamic_threshold: float
-) -> torch.Tensor:
-    """All masked positions above the threshold; the `num_to_commit_B1` most confident where those are fewer.
+def low_confidence_dynamic(candidates: Candidates) -> torch.Tensor:
+    """All masked positions above the threshold; the n(s) most confident where those are fewer.
 
     The union of the two sets is exactly this rule. With enough positions above the threshold, the most confident ones
     are among them and add nothing; with too few, they are themselves among the most confident.
     """
-    is_above_BK = is_masked_BK & (confidence_BK > dynamic_threshold)
-    return is_above_BK | low_confidence_static(confidence_BK, is_masked_BK, num_to_commit_B1, dynamic_threshold)
+    return (candidates.confidence_BK > candidates.dynamic_threshold) | low_confidence_static(candidates)
 
 
-REMASKING_STRATEGIES = {
+def sequential(candidates: Candidates) -> torch.Tensor:
+    """The first n(s) masked positions from the left."""
+    return candidates.is_masked_BK.cumsum(1) <= candidates.num_to_commit_B[:, None]
+
+
+def entropy_bounded(candidates: Candidates) -> torch.Tensor:
+    """Masked positions by ascending entropy while the entropies add up to no more than the bound; one at least.
+
+    The sum of the entropies bounds what is lost by drawing these tokens independently of each other (EB-sampler,
+    arXiv 2505.24857). It is taken in float64, so that only float32 entropies themselves are rounded.
+    """
+    assert candidates.entropy_BK is not None, "entropy_bounded needs the entropies"
+    ranked_BK = candidates.entropy_BK.double().masked_fill(~candidates.is_masked_BK, float("inf"))
+    num_within_B1 = (ranked_BK.sort(dim=1).values.cumsum(1) <= candidates.entropy_bound).sum(1, keepdim=True)
+    return _rank(ranked_BK) < num_within_B1.clamp(min=1)
+
+
+def _rank(values_BK: torch.Tensor, descending: bool = False) -> torch.Tensor:
+    """The place of each position, from 0, when a row is sorted; equal values keep the order of their positions."""
+    # sorting the permutation inverts it
+    return values_BK.argsort(dim=1, descending=descending, stable=True).argsort(dim=1)
+
+
+REMASKING_STRATEGIES: dict[str, Callable[[Candidates], torch.Tensor]] = {
     "low_confidence_static": low_confidence_static,
     "low_confidence_dynamic": low_confidence_dynamic,
+    "sequential": sequential,
+    "entropy_bounded": entropy_bounded,
 }

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from megatron_opdlm.distillation.vocabulary_parallel import (
+from megatron_opdlm.parallel.vocabulary_shard import (
     VocabularyShard,
     global_argmax,
     global_top_k,

@@ -7,8 +7,9 @@ import torch
 from megatron_opdlm.config.schema import DivergenceConfig, RolloutConfig
 from megatron_opdlm.diffusion.logit_shift import predicting_outputs_of_streams
 from megatron_opdlm.diffusion.states import OnPolicyStates
-from megatron_opdlm.distillation.divergences import VocabularyShard, forward_kl_loss
+from megatron_opdlm.distillation.divergences import forward_kl_loss
 from megatron_opdlm.models.pipeline import PipelineModel
+from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
 
 SUMS = ("loss", "rows", "trained_tokens", "agreements", "committed_tokens", "on_policy_gap")
 """What `distillation_loss` adds up for the metrics."""

@@ -33,7 +33,7 @@ from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.parallel.device import device
 from megatron_opdlm.parallel.stage_link import Shared
-from megatron_opdlm.rollout.forward import cached_forward, whole_logits
+from megatron_opdlm.rollout.forward import cached_forward, vocabulary_shard
 from megatron_opdlm.rollout.kv_cache import KeyValueCache, QueryTokens, attached
 from megatron_opdlm.rollout.rounds import begin_round
 from megatron_opdlm.rollout.token_sampling import Draws, draw_tokens
@@ -172,8 +172,10 @@ class BlockDecoder:
             log_probs_AK.exp(),
             is_masked_AK,
             schedule_S[step_A],
-            self.rollout.dynamic_threshold,
             step_A == len(schedule_S) - 1,
+            dynamic_threshold=self.rollout.dynamic_threshold,
+            entropy_BK=self._entropies(draws, is_masked_AK),
+            entropy_bound=self.rollout.entropy_bound,
         )
         self._commit(rows_A, positions_AK, is_masked_AK, is_committed_AK, draws.ids_N, log_probs_AK)
 
@@ -201,13 +203,30 @@ class BlockDecoder:
 
     def _draw(self, hidden_MH: torch.Tensor | None, uniforms_M: torch.Tensor) -> Shared:
         """Begins to tell all pipeline stages what the last one, which has the hidden states, draws."""
+        with_entropy = self.rollout.remasking_strategy == "entropy_bounded"
         if hidden_MH is None:
-            drawn = torch.empty(2, len(uniforms_M), dtype=torch.float64, device=self.device)
+            drawn = torch.empty(2 + with_entropy, len(uniforms_M), dtype=torch.float64, device=self.device)
         else:
-            logits_MV = whole_logits(self.model, hidden_MH, self.special.vocab_size, self.special.mask_token_id)
-            draws = draw_tokens(logits_MV, uniforms_M, self.rollout)
-            drawn = torch.stack([draws.ids_N.double(), draws.log_probs_N.double()])  # float64 holds both exactly
+            draws = draw_tokens(
+                self.model.vocab_parallel_logits(hidden_MH).float(),
+                uniforms_M,
+                torch.full(uniforms_M.shape, self.rollout.temperature, device=self.device),
+                vocabulary_shard(self.model, self.special),
+                top_k=self.rollout.top_k,
+                top_p=self.rollout.top_p,
+                with_entropy=with_entropy,
+            )
+            entropies = [draws.entropies_N] if with_entropy else []
+            drawn = torch.stack([draws.ids_N.double(), draws.log_probs_N, *entropies])  # float64 holds all exactly
         return self.model.link.share(drawn)
+
+    def _entropies(self, draws: Draws, is_masked_AK: torch.Tensor) -> torch.Tensor | None:
+        """At each position; None where the strategy does not look at them."""
+        if draws.entropies_N is None:
+            return None
+        entropies_AK = torch.zeros(is_masked_AK.shape, device=self.device)
+        entropies_AK[is_masked_AK] = draws.entropies_N
+        return entropies_AK
 
     def _commit(
         self,
@@ -273,5 +292,5 @@ class BlockDecoder:
 
 
 def _received(shared: Shared) -> Draws:
-    ids_M, log_probs_M = shared.wait()
-    return Draws(ids_M.long(), log_probs_M.float())
+    ids_M, log_probs_M, *entropies = shared.wait()
+    return Draws(ids_M.long(), log_probs_M.float(), *(entropies_M.float() for entropies_M in entropies))

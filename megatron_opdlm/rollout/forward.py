@@ -1,14 +1,15 @@
-"""The student's forward over a flat list of tokens with a key-value cache."""
+"""The student's forward over a flat list of tokens with a key-value cache, and the shard of the logits it gives."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 
 import torch
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+from megatron_opdlm.data.special_tokens import SpecialTokens
 from megatron_opdlm.models.fp8 import without_fp8
 from megatron_opdlm.models.pipeline import PipelineModel
+from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
 from megatron_opdlm.rollout.kv_cache import KeyValueCache, QueryTokens
 
 
@@ -34,12 +35,7 @@ def cached_forward(
     return model.whole_sequence(hidden)[:num_tokens, 0] if model.is_last_stage else None
 
 
-def whole_logits(model: PipelineModel, hidden_NH: torch.Tensor, vocab_size: int, mask_token_id: int) -> torch.Tensor:
-    """Float32 logits `[N, vocab_size]`, gathered over the tensor-parallel group; the mask token's are minus infinity.
-
-    All ranks of the group of the last pipeline stage must call it with the same N.
-    """
-    logits = gather_from_tensor_model_parallel_region(model.vocab_parallel_logits(hidden_NH))
-    logits = logits[:, :vocab_size].float()
-    logits[:, mask_token_id] = float("-inf")
-    return logits
+def vocabulary_shard(model: PipelineModel, special: SpecialTokens) -> VocabularyShard:
+    """Which rows of the vocabulary the logits of this rank of the last pipeline stage are."""
+    num_rows, group = len(model.output_weight), model.chunks[-1].pg_collection.tp
+    return VocabularyShard(group.rank() * num_rows, num_rows, special.vocab_size, special.mask_token_id, group)

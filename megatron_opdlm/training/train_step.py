@@ -14,12 +14,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_opdlm.config.schema import DivergenceConfig, RolloutConfig
 from megatron_opdlm.diffusion.states import OnPolicyStates
-from megatron_opdlm.distillation.divergences import VocabularyShard
 from megatron_opdlm.distillation.loss import SUMS, distillation_loss
 from megatron_opdlm.distillation.teacher import teacher_hidden_states
 from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.observability.timers import PhaseTimers
 from megatron_opdlm.parallel.device import device
+from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
 from megatron_opdlm.training.expert_load import ExpertLoad
 from megatron_opdlm.training.optimizer import TrainableStudent, optimizer_step, wait_for_weights, zero_gradients
 

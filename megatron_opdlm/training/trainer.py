@@ -33,13 +33,13 @@ from megatron_opdlm.data.prompts import Prompt, read_prompts
 from megatron_opdlm.data.sampler import PromptStream
 from megatron_opdlm.diffusion.states import OnPolicyStates, select_states
 from megatron_opdlm.diffusion.trajectory import Trajectory
-from megatron_opdlm.distillation.divergences import VocabularyShard
 from megatron_opdlm.models.fp8 import load_scaling_state, scaling_state
 from megatron_opdlm.observability.report import write_report
 from megatron_opdlm.observability.timers import PhaseTimers
 from megatron_opdlm.observability.writers import build_writers
 from megatron_opdlm.parallel.device import device
 from megatron_opdlm.parallel.initialize import initialize
+from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
 from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
 from megatron_opdlm.training.balance import balance_rows
 from megatron_opdlm.training.curricula import domain_limit, max_new_tokens_at

@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_opdlm.distillation.divergences import VocabularyShard
-from megatron_opdlm.distillation.vocabulary_parallel import global_argmax, global_top_k
+from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard, global_argmax, global_top_k
 from tests.ranks import run_on_ranks
 from tests.unit.test_divergences import (
     MASK_TOKEN_ID,

@@ -156,6 +156,8 @@ def test_a_wrong_value_in_a_recipe_names_setting_value_and_rule(tmp_path):
         ("rollout.temperature=.nan", "rollout.temperature (nan) must be at least 0"),
         ("rollout.top_p=0", "rollout.top_p (0.0) must be over 0 and at most 1"),
         ("rollout.top_k=-1", "rollout.top_k (-1) must be at least 0"),
+        ("rollout.entropy_bound=-0.1", "rollout.entropy_bound (-0.1) must be at least 0"),
+        ("rollout.entropy_bound=.nan", "rollout.entropy_bound (nan) must be at least 0"),
         ("rollout.dynamic_threshold=1.5", "rollout.dynamic_threshold (1.5) must lie between 0 and 1"),
         ("divergence.chunk_size=0", "divergence.chunk_size (0) must be at least 1"),
         ("divergence.top_k=-1", "divergence.top_k (-1) must be at least 0"),

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_opdlm.distillation.divergences import DivergenceResult, VocabularyShard, forward_kl_loss
-from megatron_opdlm.distillation.vocabulary_parallel import global_top_k
+from megatron_opdlm.distillation.divergences import DivergenceResult, forward_kl_loss
+from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard, global_top_k
 
 NUM_POSITIONS, NUM_ROWS, VOCAB_SIZE, MASK_TOKEN_ID = 9, 16, 13, 10
 WHOLE = VocabularyShard(0, NUM_ROWS, VOCAB_SIZE, MASK_TOKEN_ID, group=None)

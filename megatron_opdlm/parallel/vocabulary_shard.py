@@ -1,7 +1,8 @@
 """What tensor-parallel ranks tell each other about logits they do not share.
 
 Every rank of a tensor-parallel group holds the logits of its own vocabulary rows. A maximum, an argmax or a top-k over
-the whole vocabulary needs only a few numbers per position from each rank; the logits stay where they are.
+the whole vocabulary needs only a few numbers per position from each rank; the logits stay where they are. Both the
+divergence and the drawing of tokens build on this.
 
     shard = VocabularyShard(first=0, num_rows=8, vocab_size=7, mask_token_id=6, group=None)
     shard.is_live()                              # six times True, then the mask token and the padding: False
@@ -37,14 +38,24 @@ class VocabularyShard:
     mask_token_id: int
     """The token that no distribution gives any probability to."""
     group: dist.ProcessGroup | None
-    """Tensor-parallel group; None where the whole vocabulary is on one rank."""
+    """Tensor-parallel group. None, or one rank, where the whole vocabulary is on this rank: then nothing is sent."""
 
     def __post_init__(self) -> None:
         assert self.first + self.num_rows <= EXACT_IDS, "ids must be exact in float32"
 
-    def is_live(self) -> torch.Tensor:
-        """bool [num_rows] on the CPU: the rows that take part, i.e. neither padding nor the mask token."""
-        ids = torch.arange(self.first, self.first + self.num_rows)
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that hold a part of the vocabulary."""
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among them."""
+        return 0 if self.group is None else self.group.rank()
+
+    def is_live(self, device: torch.device | None = None) -> torch.Tensor:
+        """bool [num_rows], by default on the CPU: the rows that take part, neither padding nor the mask token."""
+        ids = torch.arange(self.first, self.first + self.num_rows, device=device)
         return (ids < self.vocab_size) & (ids != self.mask_token_id)
 
     def locate(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,16 +67,16 @@ class VocabularyShard:
 
 def gather_from_ranks(values: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
     """[R, *values.shape] in rank order. All ranks of `shard.group` must call it with the same shape."""
-    if shard.group is None:
+    if shard.num_ranks == 1:
         return values.unsqueeze(0)
-    gathered = values.new_empty((shard.group.size(), *values.shape))
+    gathered = values.new_empty((shard.num_ranks, *values.shape))
     dist.all_gather(list(gathered.unbind(0)), values.contiguous(), group=shard.group)
     return gathered
 
 
 def sum_over_ranks_(values: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
     """Sums `values` in place over `shard.group`; all of its ranks must call it with the same shape."""
-    if shard.group is not None:
+    if shard.num_ranks > 1:
         dist.all_reduce(values, group=shard.group)
     return values
 
@@ -83,7 +94,12 @@ def global_argmax(logits_LNV: list[torch.Tensor], shard: VocabularyShard) -> tup
 
 
 def global_top_k(logits_NV: torch.Tensor, k: int, shard: VocabularyShard) -> torch.Tensor:
-    """int64 [N, k]: vocabulary ids of the k largest logits, largest first, the lower id first on ties.
+    """The ids of `global_top_logits` alone, int64 [N, k]."""
+    return global_top_logits(logits_NV, k, shard)[1]
+
+
+def global_top_logits(logits_NV: torch.Tensor, k: int, shard: VocabularyShard) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest logits [N, k] and their vocabulary ids, int64 [N, k]: largest first, the lower id first on ties.
 
     `k` over the padded vocabulary size gives all ids. One all-gather over `shard.group`; all of its ranks must call it.
     """
@@ -92,8 +108,8 @@ def global_top_k(logits_NV: torch.Tensor, k: int, shard: VocabularyShard) -> tor
     candidates_R2Nk = gather_from_ranks(torch.stack([logits_NV.gather(1, rows_Nk), ids_Nk]), shard)
     values_NC, ids_NC = candidates_R2Nk.permute(1, 2, 0, 3).flatten(2)
     ids_NC, by_id_NC = ids_NC.sort(dim=-1)
-    order_NC = values_NC.gather(1, by_id_NC).argsort(dim=-1, descending=True, stable=True)
-    return ids_NC.gather(1, order_NC[:, :k]).long()
+    values_NC, order_NC = values_NC.gather(1, by_id_NC).sort(dim=-1, descending=True, stable=True)
+    return values_NC[:, :k], ids_NC.gather(1, order_NC[:, :k]).long()
 
 
 def _local_top_k(logits_NV: torch.Tensor, k: int) -> torch.Tensor:
