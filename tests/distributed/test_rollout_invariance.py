@@ -20,7 +20,7 @@ SETTINGS = {
     "dynamic, 3 steps for 8": {"dynamic_threshold": 0.12, "block_size": 8, "denoising_steps_per_block": 3},
     "shifted logits": {"dynamic_threshold": 0.12, "logit_shift": "next_token"},
     "top-k and top-p": {"dynamic_threshold": 0.12, "top_k": 12, "top_p": 0.8},
-    "entropy-bounded, top-p": {"remasking_strategy": "entropy_bounded", "entropy_bound": 4.0, "top_p": 0.7},
+    "entropy-bounded, top-p": {"remasking_strategy": "entropy_bounded", "entropy_bound": 6.0, "top_p": 0.7},
 }
 
 

@@ -35,10 +35,10 @@ CASES = {
         "block_size": 8,
         "denoising_steps_per_block": 3,
     },
-    "entropy-bounded": {"remasking_strategy": "entropy_bounded", "entropy_bound": 4.0},
+    "entropy-bounded": {"remasking_strategy": "entropy_bounded", "entropy_bound": 7.0},
     "entropy-bounded, top-p, 8": {
         "remasking_strategy": "entropy_bounded",
-        "entropy_bound": 5.0,
+        "entropy_bound": 7.0,
         "block_size": 8,
         "top_p": 0.6,
     },
