@@ -1,7 +1,14 @@
 #!/usr/bin/env bash
 # Style and the CPU suite, as in continuous integration. Arguments go to pytest: `bash tests/run.sh tests/unit -x`.
+# `bash tests/run.sh --lane latest ...`, with --lane in front, does the same under the newest Megatron-Core: README.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+lane=cpu
+if [[ "${1:-}" == --lane ]]; then
+    lane="${2:-}"
+    [[ "$lane" == cpu || "$lane" == latest ]] || { echo "error: --lane ($lane) must be cpu or latest" >&2; exit 2; }
+    shift 2
+fi
 source requirements/make_environment.sh
 python -c "import triton" 2>/dev/null || python -m pip install --quiet --requirement requirements/tests.txt
 

@@ -13,6 +13,8 @@ Megatron-Core makes the shards and PyTorch's `FileSystemWriter` writes them, in 
 own writer forks the training process: the writers of a killed run go on writing into the folder that its successor
 fills, a save whose writer was killed is waited for without end, and what it takes to save in the background differs
 between releases (0.16 forks, 0.19 asks for another package).
+
+Up to 0.18 Megatron-Core puts the small values into a file of their own, from 0.19 on among the shards. 0.19 reads both.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import __version__ as megatron_version
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -36,6 +39,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from packaging.version import Version
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter, LoadPlan
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
@@ -53,6 +57,8 @@ METADATA = {
 }
 NUM_WRITERS = 2
 """Threads, and files, of a rank."""
+SMALL_VALUES = "common.pt"
+"""Where Megatron-Core up to 0.18 puts what is no tensor."""
 
 
 def save_checkpoint(
@@ -177,15 +183,24 @@ def _prepare(
 def load_checkpoint(folder: Path, state: dict) -> dict:
     """The values that `state` describes, read from `folder`. All ranks must call it.
 
-    ValueError if it is damaged, or holds other tensors than `state` asks for.
+    ValueError if it is damaged, written by a Megatron-Core too new for the one installed, or holds other tensors than
+    `state` asks for.
     """
     check_complete(folder)
+    _check_readable(folder)
     try:
         with _quiet():
             return dist_checkpointing.load(state, str(folder))
     except (CheckpointException, CheckpointingException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"checkpoint {folder} is damaged or of another model: {reason}") from error
+
+
+def _check_readable(folder: Path) -> None:
+    if Version(megatron_version).release[:2] < (0, 19) and not (folder / SMALL_VALUES).is_file():
+        raise ValueError(
+            f"checkpoint {folder} was written under Megatron-Core 0.19 or later, which {megatron_version} cannot read"
+        )
 
 
 def read_tensor(folder: Path, key: str, layer: int | None) -> torch.Tensor:

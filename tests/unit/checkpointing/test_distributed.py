@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_opdlm.checkpointing import distributed
 from megatron_opdlm.checkpointing.distributed import BackgroundSaves, load_checkpoint, read_tensor, save_checkpoint
-from megatron_opdlm.checkpointing.folders import check_complete, newest_checkpoint, step_folder
+from megatron_opdlm.checkpointing.folders import check_complete, newest_checkpoint, publish, step_folder
 
 WEIGHT, MOMENT = torch.arange(6.0).view(2, 3), torch.tensor([0.5, -1.0])
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -142,15 +144,17 @@ def run(tmp_path_factory, world_of_one) -> Path:
     return directory
 
 
-FILES = ("__0_0.distcp", "__0_1.distcp", ".metadata", "metadata.json", "common.pt", "hf/config.json", "manifest.json")
+def names_of_files(run: Path) -> list[str]:
+    """All files of the newer checkpoint. Small values lie in common.pt, or from Megatron-Core 0.19 on in a .distcp."""
+    folder = step_folder(run, 2)
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True))
-def test_a_checkpoint_cut_off_at_any_byte_is_refused_by_the_files_name_and_the_one_before_is_taken(run, name, where):
+def assert_the_one_before_is_taken_without(run: Path, name: str, damage: Callable[[Path], object]) -> None:
+    """While `damage` is done to this file of the newer checkpoint; afterwards it is as before."""
     path = step_folder(run, 2) / name
     whole = path.read_bytes()
-    path.write_bytes(whole[: int(where * len(whole))])
+    damage(path)
     try:
         with pytest.raises(ValueError, match=rf"step_00000002.*{name}"):
             load_checkpoint(step_folder(run, 2), {})
@@ -160,14 +164,30 @@ def test_a_checkpoint_cut_off_at_any_byte_is_refused_by_the_files_name_and_the_o
     assert newest_checkpoint(run) == step_folder(run, 2)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_checkpoint_without_one_of_its_files_is_refused_by_the_files_name_and_the_one_before_is_taken(run, name):
-    path = step_folder(run, 2) / name
-    whole = path.read_bytes()
-    path.unlink()
-    try:
-        with pytest.raises(ValueError, match=rf"step_00000002.*{name}"):
-            load_checkpoint(step_folder(run, 2), {})
-        assert newest_checkpoint(run) == step_folder(run, 1)
-    finally:
-        path.write_bytes(whole)
+def test_a_checkpoint_has_the_files_of_two_writers_their_index_assets_and_a_manifest(run):
+    files = {"__0_0.distcp", "__0_1.distcp", ".metadata", "metadata.json", "hf/config.json", "manifest.json"}
+    assert set(names_of_files(run)) - {"common.pt"} == files
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), where=st.floats(0, 1, exclude_max=True))
+def test_a_checkpoint_cut_off_at_any_byte_is_refused_by_the_files_name_and_the_one_before_is_taken(run, data, where):
+    name = data.draw(st.sampled_from(names_of_files(run)))
+    assert_the_one_before_is_taken_without(
+        run, name, lambda path: path.write_bytes(path.read_bytes()[: int(where * path.stat().st_size)])
+    )
+
+
+def test_a_checkpoint_without_one_of_its_files_is_refused_by_the_files_name_and_the_one_before_is_taken(run):
+    for name in names_of_files(run):
+        assert_the_one_before_is_taken_without(run, name, Path.unlink)
+
+
+def test_a_checkpoint_of_a_later_megatron_core_is_refused_as_such(run, tmp_path, monkeypatch):
+    newer = shutil.copytree(step_folder(run, 2), tmp_path / "newer.partial")
+    for name in ("common.pt", "manifest.json"):
+        (newer / name).unlink(missing_ok=True)
+    publish(newer)
+    monkeypatch.setattr(distributed, "megatron_version", "0.18.2")
+    with pytest.raises(ValueError, match=r"newer was written under .* 0\.19 or later, which 0\.18\.2 cannot"):
+        load_checkpoint(tmp_path / "newer", {})
