@@ -191,6 +191,17 @@ def test_rank_0_informs_and_the_others_only_warn(project_logger, monkeypatch, ca
     assert lines == ["[rank 0] INFO fine", "[rank 0] WARNING odd", "[rank 1] WARNING odd"]
 
 
+def test_what_megatron_says_of_every_model_is_left_out_and_nothing_else_of_it(project_logger, caplog):
+    set_up_logging()
+    for name, message in (
+        ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED. GPTModel is only accepting ..."),
+        ("megatron.core.models.gpt.gpt_model", "something else"),
+        ("megatron.core.distributed", "GPTModel IS DEPRECATED. As another logger says"),
+    ):
+        logging.getLogger(name).warning(message)
+    assert caplog.messages == ["something else", "GPTModel IS DEPRECATED. As another logger says"]
+
+
 # --- throughput
 
 
