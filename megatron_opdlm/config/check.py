@@ -35,7 +35,7 @@ def check_config(config: Config, world_size: int | None) -> None:
     _check_divergence(config.divergence)
     _check_curricula(config.curricula)
     _check_optimizer(config.optimizer)
-    _check_training(config.training)
+    _check_training(config.training, config.rollout)
     _check_intervals(config.checkpoint, config.evaluation)
     _at_least(1, "data", max_prompt_tokens=config.data.max_prompt_tokens)
     _check_precision(config)
@@ -150,6 +150,7 @@ def _check_rollout(rollout: RolloutConfig) -> None:
         block_size=rollout.block_size,
         denoising_steps_per_block=rollout.denoising_steps_per_block,
         max_new_tokens=rollout.max_new_tokens,
+        num_responses_per_prompt=rollout.num_responses_per_prompt,
         batch_size=rollout.batch_size,
         pipeline_micro_groups=rollout.pipeline_micro_groups,
     )
@@ -158,6 +159,14 @@ def _check_rollout(rollout: RolloutConfig) -> None:
         rollout.denoising_steps_per_block <= rollout.block_size,
         f"rollout.denoising_steps_per_block ({rollout.denoising_steps_per_block}) must not exceed "
         f"rollout.block_size ({rollout.block_size})",
+    )
+    _require(
+        rollout.max_tokens_in_flight >= 2 * rollout.block_size,
+        f"rollout.max_tokens_in_flight ({rollout.max_tokens_in_flight}) must be at least two blocks of "
+        f"rollout.block_size ({rollout.block_size})",
+    )
+    _require(
+        rollout.cache_gib is None or rollout.cache_gib > 0, f"rollout.cache_gib ({rollout.cache_gib}) must be over 0"
     )
     _check_sampling(rollout)
 
@@ -201,7 +210,7 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
     _require(optimizer.adam_eps > 0, f"optimizer.adam_eps ({optimizer.adam_eps}) must be over 0")
 
 
-def _check_training(training: TrainingConfig) -> None:
+def _check_training(training: TrainingConfig, rollout: RolloutConfig) -> None:
     _at_least(
         1,
         "training",
@@ -211,9 +220,11 @@ def _check_training(training: TrainingConfig) -> None:
         micro_batch_size=training.micro_batch_size,
         pad_to_multiple=training.pad_to_multiple,
     )
+    num_responses = rollout.num_responses_per_prompt
+    product = f" x rollout.num_responses_per_prompt ({num_responses})" if num_responses > 1 else ""
     _require(
-        training.num_prompts_per_step % training.global_batch_size == 0,
-        f"training.num_prompts_per_step ({training.num_prompts_per_step}) must be a multiple of "
+        training.num_prompts_per_step * num_responses % training.global_batch_size == 0,
+        f"training.num_prompts_per_step ({training.num_prompts_per_step}){product} must be a multiple of "
         f"training.global_batch_size ({training.global_batch_size})",
     )
 

@@ -157,11 +157,25 @@ class RolloutConfig:
     """Lower caps for single domains, e.g. `{math: 4096, code: 2048}`."""
     stop_token_ids: list[int] = field(default_factory=list)
     """Token ids that end a response besides the tokenizer's end token."""
+    num_responses_per_prompt: int = 1
+    """Responses to each prompt of a step, each with random numbers of its own."""
     batch_size: int = 128
-    """Sequences that one data-parallel rank decodes at a time; each holds keys and values of its whole length."""
+    """Sequences that one data-parallel rank decodes at a time; when one is done, the next takes its place."""
+    max_tokens_in_flight: int = 8192
+    """Most tokens of one forward. A sequence that denoises takes a block, or two where one has just become clean; the
+    rest goes to prompts, in chunks. At least two blocks."""
+    cache_gib: float | None = None
+    """Memory for keys and values on each rank, in GiB; null for as much as `batch_size` sequences need, within what is
+    free. Where it is too little, the sequence that began last makes room, and goes on later."""
     pipeline_micro_groups: int | None = None
     """Under pipeline parallelism, groups that these sequences are split into, so that a stage can work on one while the
     next stage works on another; null for as many as there are stages."""
+
+    @property
+    def reads_block(self) -> bool:
+        """Whether a denoising step reads the block it denoises: not where that is one token, predicted by the one
+        before it, so that nobody asks for what stands there. Then decoding is autoregressive."""
+        return self.block_size > 1 or self.logit_shift == "none"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,12 +91,15 @@ class Trajectory:
         return torch.cat([prompt_steps, self.step_map_R]).view(-1, self.block_size)
 
     @property
-    def num_steps(self) -> int:
-        """Denoising steps over all blocks that hold a token that counts."""
+    def num_blocks(self) -> int:
+        """Blocks that hold a token that counts."""
         first_block = block_index(self.prompt_length, self.block_size)
-        last_block = block_index(self.prompt_length + self.response_length - 1, self.block_size)
-        counted_MK = self.steps_by_block_MK[: last_block - first_block + 1]
-        return int(sort_steps(counted_MK)[1].sum())
+        return block_index(self.prompt_length + self.response_length - 1, self.block_size) - first_block + 1
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps of these blocks."""
+        return int(sort_steps(self.steps_by_block_MK[: self.num_blocks])[1].sum())
 
     @property
     def tokens_per_step(self) -> float:

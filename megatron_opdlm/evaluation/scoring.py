@@ -1,6 +1,6 @@
 """Decoding tasks with known answers and scoring the responses.
 
-scores, responses = evaluate_student(engine, tasks, prompts, tokenizer, max_new_tokens=64, group=groups.dp_cp)
+scores, responses = evaluate_student(engine, tasks, prompts, tokenizer, max_new_tokens=64, group=groups.dp)
 scores["accuracy"], scores["tokens_per_step"]
 """
 
@@ -28,10 +28,10 @@ def evaluate_student(
     Args:
         tasks: rows with `source` and `entry`, one per prompt.
         prompts: the tasks' tokenized questions.
-        group: data- and context-parallel group the tasks are spread over. All ranks must call it.
+        group: data-parallel group the tasks are spread over. All ranks must call it.
     """
-    share = list(range(group.rank(), len(prompts), group.size()))
-    trajectories = engine.generate([RolloutTask(prompts[index], max_new_tokens) for index in share], step=0)
+    share = engine.share(list(range(len(prompts))))
+    trajectories = engine.generate([RolloutTask(prompt, max_new_tokens) for prompt in prompts], step=0)
     local = {
         index: _record(tasks[index], trajectory, tokenizer)
         for index, trajectory in zip(share, trajectories, strict=True)

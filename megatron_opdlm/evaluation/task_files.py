@@ -29,11 +29,11 @@ def score_task_files(config: Config) -> dict[str, dict]:
     work = {file: _read(file, config, source.tokenizer) for file in config.evaluation.files}
     groups = initialize(config.parallel, config.training.seed)
     model = build_student(source, _without_fp8(config), groups, padded_vocab_size(config, source.architecture))
-    engine = RolloutEngine(model, config.rollout, source.special, config.training.seed)
+    engine = RolloutEngine(model, config.rollout, source.special, config.training.seed, groups)
     results = {}
     for file, (tasks, prompts) in work.items():
         scores, responses = evaluate_student(
-            engine, tasks, prompts, source.tokenizer, max_new_tokens=config.rollout.max_new_tokens, group=groups.dp_cp
+            engine, tasks, prompts, source.tokenizer, max_new_tokens=config.rollout.max_new_tokens, group=groups.dp
         )
         results[file] = {"scores": scores, "rollout": dataclasses.asdict(config.rollout), "responses": responses}
     return results

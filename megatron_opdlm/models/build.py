@@ -140,7 +140,8 @@ def build_model(
         for place in range(num_chunks or 1)
     ]
     shares_experts = architecture.mixture is not None and parallel.expert_model_parallel_size > 1
-    return PipelineModel(chunks, link, ContextLink(groups.cp), groups.tp_ep if shares_experts else None)
+    expert_group = groups.tp_ep if shares_experts else None
+    return PipelineModel(chunks, link, ContextLink(groups.cp), groups.tp, groups.mp, expert_group)
 
 
 def transformer_config(

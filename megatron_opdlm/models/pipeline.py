@@ -36,8 +36,10 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)")
 class PipelineModel:
     """The chunks of a model on this rank, in the order of their layers, and the link to the other stages.
 
-    `context` links the ranks that share sequences while they train. `expert_group` has the ranks that each forward
-    needs because they share the experts of a mixture; None if there are none. They may decode and train different rows.
+    `context` links the ranks that share sequences while they train. `tensor_group` has those that share the
+    weight matrices, `replica_group` all that hold one model together, its stages too. `expert_group` has the ranks that
+    each forward needs because they share the experts of a mixture; None if there are none. They may decode and train
+    different rows.
     """
 
     def __init__(
@@ -45,9 +47,12 @@ class PipelineModel:
         chunks: list[Qwen3Model],
         link: StageLink,
         context: ContextLink,
+        tensor_group: dist.ProcessGroup,
+        replica_group: dist.ProcessGroup,
         expert_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.chunks, self.link, self.context, self.expert_group = chunks, link, context, expert_group
+        self.chunks, self.link, self.context = chunks, link, context
+        self.tensor_group, self.replica_group, self.expert_group = tensor_group, replica_group, expert_group
         self._hosted: HostedWeights | None = None
 
     @property

@@ -11,9 +11,7 @@ all positions of its own heads. So every backend attends to whole sequences, and
     query, key, value = link.whole_sequences(query, key, value)      # [S / 2, B, heads, D] -> [S, B, heads / 2, D]
     attended = link.own_positions(attended)                          # and back
 
-While they decode, they are data-parallel ranks like others: each has prompts of its own.
-
-    trajectories = link.reunite(engine.generate(link.share_of(tasks), step))
+While they decode, they are data-parallel ranks like others: each has sequences of its own (`rollout.work_queue`).
 
 Alone, a rank has all positions and sends nothing. Runs on gloo; on several GPUs it has not been run yet.
 
@@ -22,12 +20,8 @@ Legend: `S` positions of the whole sequence, `P` of one rank's part, `B` sequenc
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 import torch.distributed as dist
-
-Item = TypeVar("Item")
 
 
 class ContextLink:
@@ -87,18 +81,6 @@ class ContextLink:
         if self.size > 1:
             dist.all_reduce(values, group=self._group)
         return values
-
-    def share_of(self, items: list[Item]) -> list[Item]:
-        """This rank's share of items that all ranks of the group have; some get one less than others."""
-        return items[self.rank :: self.size]
-
-    def reunite(self, share: list[Item]) -> list[Item]:
-        """All ranks' shares, on every rank, in the order that `share_of` had them in."""
-        if self.size == 1:
-            return share
-        shares: list[list[Item]] = [[]] * self.size
-        dist.all_gather_object(shares, share, group=self._group)
-        return [shares[place % self.size][place // self.size] for place in range(sum(map(len, shares)))]
 
 
 class _AllToAll(torch.autograd.Function):

@@ -1,15 +1,22 @@
-"""From prompts to trajectories: this rank's share, in batches of similar length.
+"""From prompts to trajectories, with the student as it is at the time of the call.
 
-engine = RolloutEngine(model, config.rollout, special, seed=config.training.seed)
-trajectories = engine.generate([RolloutTask(prompt, max_new_tokens=256)], step=3)
+    engine = RolloutEngine(model, config.rollout, special, seed=config.training.seed, groups=groups)
+    tasks = [RolloutTask(prompt, max_new_tokens=256) for prompt in prompts]      # the same on all ranks
+    trajectories = engine.generate(tasks, step=3)                                # of this rank's `engine.share(tasks)`
+    engine.statistics.metrics().values()
+
+The data-parallel ranks share the work (`rollout.work_queue`): who decodes a task has nothing to do with whose it is.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opdlm.config.schema import RolloutConfig
 from megatron_opdlm.data.prompts import Prompt
@@ -17,8 +24,12 @@ from megatron_opdlm.data.special_tokens import SpecialTokens
 from megatron_opdlm.diffusion.randomness import sequence_generator
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.models.pipeline import PipelineModel
-from megatron_opdlm.rollout.block_decoder import BlockDecoder, DecodingRequest
-from megatron_opdlm.rollout.rounds import keep_company
+from megatron_opdlm.rollout.generation import Generation
+from megatron_opdlm.rollout.sequences import DecodingRequest
+from megatron_opdlm.rollout.statistics import RolloutStatistics
+from megatron_opdlm.rollout.work_queue import WorkQueue, exchange
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -29,49 +40,78 @@ class RolloutTask:
     max_new_tokens: int
     sample_index: int = 0
     """Which response to that prompt in this step."""
+    temperature: float | None = None
+    """Instead of `rollout.temperature`."""
+    seed: int | None = None
+    """Instead of the engine's."""
 
 
 class RolloutEngine:
-    """Decodes prompts with the student as it is at the time of the call."""
+    """Decodes prompts with the student.
 
-    def __init__(self, model: PipelineModel, rollout: RolloutConfig, special: SpecialTokens, seed: int) -> None:
-        self.model = model
-        self.rollout = rollout
-        self.special = special
-        self.seed = seed
-        self.num_forwards = 0
-        self.pipeline_bubble: float | None = None
-        """Of the latest rollout, the share of the pipeline stages' time in which they waited for another stage."""
+    With `groups` the ranks of all its data- and context-parallel groups share the tasks of a call; without, each rank
+    decodes its own.
+    """
+
+    def __init__(
+        self,
+        model: PipelineModel,
+        rollout: RolloutConfig,
+        special: SpecialTokens,
+        seed: int,
+        groups: ProcessGroupCollection | None = None,
+        show_progress: bool = False,
+    ) -> None:
+        self.model, self.rollout, self.special, self.seed = model, rollout, special, seed
+        self.show_progress = show_progress
+        self.statistics = RolloutStatistics.of_blocks(rollout.block_size)
+        """Of the latest rollout."""
+        self._group = groups.dp_cp if groups is not None and groups.dp_cp.size() > 1 else None
+        self._place, self._num_shares = (0, 1) if groups is None else (groups.dp.rank(), groups.dp.size())
+        self._places = [0] if self._group is None else [0] * self._group.size()
+        if self._group is not None:
+            dist.all_gather_object(self._places, self._place, group=self._group)
+
+    def share(self, items: list[Item]) -> list[Item]:
+        """This rank's part of a list that belongs to all data-parallel ranks."""
+        return items[self._place :: self._num_shares]
 
     @torch.no_grad()
     def generate(self, tasks: list[RolloutTask], step: int) -> list[Trajectory]:
-        """One trajectory per task, in their order.
+        """One trajectory for each of `share(tasks)`, in their order.
 
-        All ranks of a tensor- and of a pipeline-parallel group pass the same tasks. Ranks that share experts must all
-        call it, with any number of tasks, also none.
+        All ranks must call it with the same tasks; without `groups` those of a tensor- and of a pipeline-parallel
+        group, and ranks that share experts with any tasks, also none. ValueError if the cache cannot hold the longest.
         """
-        link, started = self.model.link, time.perf_counter()
-        link.clock.take()
-        requests = [self._request(task, step) for task in tasks]
-        longest_first = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))
-        trajectories: dict[int, Trajectory] = {}
-        for begin in range(0, len(requests), self.rollout.batch_size):
-            batch = longest_first[begin : begin + self.rollout.batch_size]
-            decoder = BlockDecoder(self.model, [requests[index] for index in batch], self.rollout, self.special)
-            trajectories |= dict(zip(batch, decoder.decode(), strict=True))
-            self.num_forwards += decoder.num_forwards
-        keep_company(self.model, self.rollout.block_size)
-        if link.num_stages > 1:
-            self.pipeline_bubble = link.idle_share(time.perf_counter() - started)
-        return [trajectories[index] for index in range(len(requests))]
+        queue = WorkQueue([len(task.prompt.token_ids) + task.max_new_tokens for task in tasks], self._group)
+        requests = [self._request(index, task, step) for index, task in enumerate(tasks)]
+        generation = Generation(self.model, self.rollout, self.special, requests, queue, self.show_progress)
+        finished = generation.run()
+        self.statistics = generation.statistics
+        return [trajectory for _, trajectory in sorted(self._bring_home(finished).items())]
 
-    def _request(self, task: RolloutTask, step: int) -> DecodingRequest:
-        prompt_id, sample_index = task.prompt.prompt_id, task.sample_index
+    def _request(self, index: int, task: RolloutTask, step: int) -> DecodingRequest:
+        prompt, seed = task.prompt, self.seed if task.seed is None else task.seed
         return DecodingRequest(
-            prompt_id=prompt_id,
-            sample_index=sample_index,
-            prompt_ids=list(task.prompt.token_ids),
+            index=index,
+            prompt_id=prompt.prompt_id,
+            sample_index=task.sample_index,
+            prompt_ids=list(prompt.token_ids),
             max_new_tokens=task.max_new_tokens,
-            generator=sequence_generator(self.seed, step, prompt_id, sample_index, purpose="rollout"),
-            domain=task.prompt.domain,
+            temperature=self.rollout.temperature if task.temperature is None else task.temperature,
+            generator=sequence_generator(seed, step, prompt.prompt_id, task.sample_index, purpose="rollout"),
+            domain=prompt.domain,
         )
+
+    def _bring_home(self, finished: dict[int, Trajectory]) -> dict[int, Trajectory]:
+        """Exchanges what the ranks have decoded, so that each has its share."""
+        if self._group is None:
+            return finished
+        done = time.perf_counter()
+        parcels = [
+            {index: trajectory for index, trajectory in finished.items() if index % self._num_shares == place}
+            for place in self._places
+        ]
+        received = exchange(parcels, self._group)
+        self.statistics.idle_seconds = time.perf_counter() - done
+        return {index: trajectory for parcel in received for index, trajectory in parcel.items()}

@@ -1,14 +1,19 @@
-"""Keys and values of everything a batch of sequences has read, and attention over them.
+"""Keys and values of everything that the sequences have read, in pages, and attention over them.
 
-A forward of the rollout is a flat list of tokens, each with its row and its absolute position, so sequences of any
-length and in any phase share it and no linear layer sees padding. The cache is what turns that list back into rows:
+A forward of the rollout is a flat list of tokens, each with its sequence and its absolute position, so sequences of any
+length and in any phase share it and no linear layer sees padding. What the cache needs to know of them is worked out
+once per forward, on the host:
 
-    cache = KeyValueCache(num_rows=2, max_length=16, block_size=4)
+    cache = KeyValueCache(num_pages=64, page_size=64, attention=PagedAttention(block_size=4, ...))
     with attached(model, cache):
-        hidden = yield from cached_forward(model, cache, tokens)       # rollout.forward
+        placed = cache.place(tokens)
+        hidden = yield from cached_forward(model, cache, placed)       # rollout.forward
 
-A token attends to its row's cached tokens of its own block and of earlier blocks. The entries of a block are
+A token attends to its sequence's cached tokens of its own block and of earlier blocks. The entries of a block are
 overwritten by each denoising step, and a last time, by its clean tokens, when the next block begins.
+
+Legend: `T` tokens of a forward, `A` sequences of it, `P` pages of a sequence, `N` heads, `G` key-value heads, `D` head
+dimension.
 """
 
 from __future__ import annotations
@@ -16,104 +21,129 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 
-from megatron_opdlm.diffusion.attention_pattern import may_attend
 from megatron_opdlm.models.attention.core_attention import BlockDiffusionCoreAttention
 from megatron_opdlm.models.pipeline import PipelineModel
+from megatron_opdlm.parallel.device import to_device
+
+Layout = TypeVar("Layout")
 
 
 @dataclass(frozen=True)
 class QueryTokens:
-    """The tokens of one forward: `ids_T[i]` stands in cache row `rows_T[i]` at position `positions_T[i]`.
+    """The tokens of one forward, on the host: those of a sequence one behind the other, at neighbouring positions.
 
-    Rows ascend, and positions within a row.
-
-    Example: row 0 denoises block 1 and row 2 commits block 0 while it takes the first step of block 1 (K = 2):
-        ids_T = [90, 99, 7, 8, 99, 99], rows_T = [0, 0, 2, 2, 2, 2], positions_T = [2, 3, 0, 1, 2, 3]
+    Example: one sequence denoises block 1, another commits block 0 while it takes the first step of block 1 (K = 2),
+    with pages of 4 tokens:
+        ids_T = [90, 99, 7, 8, 99, 99], first_A = [2, 0], counts_A = [2, 4], page_table_AP = [[5], [1]]
     """
 
     ids_T: torch.Tensor
-    rows_T: torch.Tensor
+    first_A: torch.Tensor
+    """Position of each sequence's first token here; the start of a block."""
+    counts_A: torch.Tensor
+    """Tokens of each sequence here, whole blocks."""
+    page_table_AP: torch.Tensor
+    """The pages that each sequence owns, in the order of its positions."""
+
+    @property
+    def starts_A(self) -> torch.Tensor:
+        """Where in the list each sequence's tokens begin."""
+        return self.counts_A.cumsum(0) - self.counts_A
+
+    @property
+    def end_A(self) -> torch.Tensor:
+        """Behind the last position of each sequence here: so many tokens it has in the cache when they are read."""
+        return self.first_A + self.counts_A
+
+
+def listed(first_A: torch.Tensor, counts_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token of a list, which of the A sequences it belongs to and its position, `[T]` both.
+
+    >>> [x.tolist() for x in listed(torch.tensor([2, 0]), torch.tensor([2, 4]))]
+    [[0, 0, 1, 1, 1, 1], [2, 3, 0, 1, 2, 3]]
+    """
+    sequence_T = torch.arange(len(counts_A)).repeat_interleave(counts_A)
+    starts_A = counts_A.cumsum(0) - counts_A
+    return sequence_T, torch.arange(len(sequence_T)) + (first_A - starts_A)[sequence_T]
+
+
+class PagedAttention(Protocol[Layout]):
+    """A kernel that attends to keys and values in pages. `rollout.paged_attention` has those there are."""
+
+    page_size: int
+    """Tokens of a page."""
+
+    def lay_out(self, tokens: QueryTokens) -> Layout:
+        """What all layers of a forward share."""
+        ...
+
+    def attend(
+        self, layout: Layout, query_TND: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """`[T, N, D]`, from pages `[pages, page_size, G, D]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlacedTokens(Generic[Layout]):
+    """The tokens of one forward on the device."""
+
+    ids_T: torch.Tensor
     positions_T: torch.Tensor
+    addresses_T: torch.Tensor
+    """Where their keys and values go, in tokens from the beginning of the cache."""
+    layout: Layout
 
 
 class KeyValueCache:
-    """Post-RoPE keys and values `[rows, max_length, G, D]` of each layer of this pipeline stage.
+    """Post-RoPE keys and values `[pages, page_size, G, D]` of each layer of this pipeline stage.
 
-    A layer's are made when it first writes.
+    A layer's are made when it first writes. They begin as zeros: where a mask hides an entry its weight is zero, and
+    zero times a finite number is zero.
     """
 
-    def __init__(self, num_rows: int, max_length: int, block_size: int) -> None:
-        self.num_rows = num_rows
-        self.max_length = max_length
-        self.block_size = block_size
+    def __init__(self, num_pages: int, attention: PagedAttention, device: torch.device) -> None:
+        self.num_pages, self.page_size, self.attention, self.device = num_pages, attention.page_size, attention, device
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
+        self._placed: PlacedTokens | None = None
 
-    def begin_forward(self, tokens: QueryTokens) -> None:
-        """Works out, once for all layers, where the tokens go and what each may attend to."""
-        self._tokens = tokens
-        self._active_rows, slots_T, counts = torch.unique_consecutive(
-            tokens.rows_T, return_inverse=True, return_counts=True
-        )
-        starts = counts.cumsum(0) - counts
-        offsets_T = torch.arange(len(slots_T), device=slots_T.device) - starts[slots_T]
-        self._place = (slots_T, offsets_T)
-        self._num_slots, self._width = len(counts), int(counts.max())
-        last_B = tokens.positions_T[starts + counts - 1]
-        self._end = int(last_B.max()) + 1
-        self._mask = self._visible(tokens.positions_T, last_B)
+    def place(self, tokens: QueryTokens) -> PlacedTokens:
+        """Works out where the tokens go and what each may attend to."""
+        sequence_T, positions_T = listed(tokens.first_A, tokens.counts_A)
+        pages_T = tokens.page_table_AP[sequence_T, positions_T // self.page_size]
+        addresses_T = pages_T * self.page_size + positions_T % self.page_size
+        on_device = (to_device(tensor, self.device) for tensor in (tokens.ids_T, positions_T, addresses_T))
+        return PlacedTokens(*on_device, layout=self.attention.lay_out(tokens))
 
-    def _visible(self, positions_T: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
-        """Bool `[rows, 1, queries, keys]`; queries that only fill up a row see the first key, to stay finite."""
-        queries = positions_T.new_zeros(self._num_slots, self._width)
-        queries[self._place] = positions_T
-        keys = torch.arange(self._end, device=positions_T.device)
-        # Up to its own block everything cached for a row is what the query may see: earlier blocks are clean, and the
-        # entries of its own block come from its own stream. That is the pattern of a clean query among clean keys.
-        is_noisy = torch.zeros((), dtype=torch.bool, device=keys.device)
-        pattern = may_attend(queries[..., None], is_noisy, keys, is_noisy, self.block_size)
-        return (pattern & (keys <= last_B[:, None, None]))[:, None]
+    def begin_forward(self, placed: PlacedTokens) -> None:
+        """The layers that follow read these tokens."""
+        self._placed = placed
 
     def attend(
         self, layer_number: int, query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Stores keys and values at their tokens' places, attends to everything visible: `[T, N, D]`.
 
-        Tokens beyond `begin_forward`'s list are padding of the sequence-parallel shards; they get zeros.
+        Tokens beyond those of `begin_forward` are padding of the sequence-parallel shards; they get zeros.
         """
-        num_tokens, (slots_T, offsets_T) = len(self._tokens.rows_T), self._place
+        num_tokens = len(self._placed.ids_T)
         keys = self._store(layer_number, self._keys, key_TGD[:num_tokens])
         values = self._store(layer_number, self._values, value_TGD[:num_tokens])
-        padded = query_TND.new_zeros(self._num_slots, self._width, *query_TND.shape[1:])
-        padded[slots_T, offsets_T] = query_TND[:num_tokens]
-        # The heads that share keys become further queries: with a mask, kernels for grouped heads are few and slow.
-        grouped = padded.unflatten(2, (key_TGD.shape[1], -1)).permute(0, 2, 3, 1, 4)
-        heads_per_group = grouped.shape[2]
-        attended = F.scaled_dot_product_attention(
-            grouped.flatten(2, 3),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=self._mask.repeat(1, 1, heads_per_group, 1),
-            scale=scale,
-        )
-        by_query = attended.unflatten(2, (heads_per_group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        out = torch.zeros_like(query_TND)
-        out[:num_tokens] = by_query[slots_T, offsets_T]
-        return out
+        out = self.attention.attend(self._placed.layout, query_TND[:num_tokens], keys, values, scale)
+        padding = len(query_TND) - num_tokens
+        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
 
     def _store(self, layer_number: int, memory: dict[int, torch.Tensor], fresh_TGD: torch.Tensor) -> torch.Tensor:
-        """Writes the fresh entries and returns those of the active rows, `[rows, end, G, D]`."""
+        """Writes the fresh entries and returns the pages of the layer."""
         if layer_number not in memory:
-            memory[layer_number] = fresh_TGD.new_zeros(self.num_rows, self.max_length, *fresh_TGD.shape[1:])
-        stored = memory[layer_number]
-        stored[self._tokens.rows_T, self._tokens.positions_T] = fresh_TGD
-        if self._num_slots == self.num_rows:
-            return stored[:, : self._end]
-        return stored[self._active_rows, : self._end]
+            memory[layer_number] = fresh_TGD.new_zeros(self.num_pages, self.page_size, *fresh_TGD.shape[1:])
+        memory[layer_number].flatten(0, 1).index_copy_(0, self._placed.addresses_T, fresh_TGD)
+        return memory[layer_number]
 
 
 @contextmanager

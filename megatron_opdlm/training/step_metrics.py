@@ -1,6 +1,6 @@
 """What a training step tells: quality of the rollout, loss, costs; and totals over the run.
 
-metrics = StepMetrics(student_architecture, teacher_architecture, groups.dp)
+metrics = StepMetrics(student_architecture, teacher_architecture, groups)
 metrics.of_step(trajectories, step_sums, timers.seconds(), lr=1e-5, length_limit=256)     # {"train/loss": ...}
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.models.qwen3 import Qwen3Architecture
@@ -18,13 +19,13 @@ from megatron_opdlm.training.balance import TokenImbalance
 
 
 class StepMetrics:
-    """Turns a step's trajectories and sums into named numbers, the same on all data-parallel ranks."""
+    """Turns a step's trajectories and sums into named numbers, the same on all data- and context-parallel ranks."""
 
-    def __init__(self, student: Qwen3Architecture, teacher: Qwen3Architecture, group: dist.ProcessGroup) -> None:
+    def __init__(self, student: Qwen3Architecture, teacher: Qwen3Architecture, groups: ProcessGroupCollection) -> None:
         self.student, self.teacher = _shape(student), _shape(teacher)
         self.student_parameters = throughput.num_active_parameters(self.student, student.tie_word_embeddings)
         self.teacher_parameters = throughput.num_active_parameters(self.teacher, teacher.tie_word_embeddings)
-        self.group = group
+        self.groups = groups
         self.totals = dict.fromkeys(("rollout/total_tokens", "perf/total_paper_flops", "perf/total_true_flops"), 0.0)
 
     def of_step(
@@ -36,14 +37,14 @@ class StepMetrics:
         lr: float,
         length_limit: int,
         imbalances: Sequence[TokenImbalance] = (),
-        pipeline_bubble: float | None = None,
+        rollout_metrics: MetricAccumulator | None = None,
         max_expert_load: float | None = None,
     ) -> dict[str, float]:
-        """The metrics of one step. All ranks must call it: it gathers over the data-parallel group.
+        """The metrics of one step. All ranks must call it: it gathers over the data- and context-parallel group.
 
         `step_sums` has, for each optimizer step, what `TrainStep` returned; `seconds` are this rank's own.
         `imbalances` has those of the global batches, the same on all ranks; without them there is no figure of it.
-        `pipeline_bubble` is `RolloutEngine.pipeline_bubble` and `max_expert_load` is `ExpertLoad.take`, likewise.
+        `rollout_metrics` are this rank's `RolloutStatistics.metrics`; `max_expert_load` is `ExpertLoad.take`.
         """
         local = MetricAccumulator()
         for trajectory in trajectories:
@@ -53,15 +54,10 @@ class StepMetrics:
         for imbalance in imbalances:
             local.add("train/token_imbalance_before", imbalance.before)
             local.add("train/token_imbalance", imbalance.after)
-        if pipeline_bubble is not None:
-            local.add("rollout/pipeline_bubble", pipeline_bubble)
         if max_expert_load is not None:
             local.add("moe/max_expert_load", max_expert_load)
-        gathered: list[MetricAccumulator] = [None] * self.group.size()
-        dist.all_gather_object(gathered, local, group=self.group)
-        everywhere = MetricAccumulator()
-        everywhere.merge(gathered)
-        values = everywhere.values()
+        # Ranks that share sequences have the same trajectories, but each has decoded some of its own.
+        values = _of_all(local, self.groups.dp) | _of_all(rollout_metrics or MetricAccumulator(), self.groups.dp_cp)
         values |= {"train/lr": lr, "rollout/length_limit": length_limit}
         values |= {f"perf/seconds_{phase}": value for phase, value in seconds.items()}
         values["perf/paper_flops"] = throughput.paper_flops(
@@ -83,6 +79,7 @@ class StepMetrics:
 
     def _add_trajectory(self, metrics: MetricAccumulator, trajectory: Trajectory) -> None:
         metrics.add("rollout/tokens_per_step", trajectory.tokens_per_step, weight=trajectory.num_steps)
+        metrics.add("rollout/steps_per_block", trajectory.num_steps / trajectory.num_blocks)
         metrics.add("rollout/response_length", trajectory.response_length)
         metrics.add("rollout/end_token_fraction", trajectory.stop_reason == "end_token")
         metrics.add_sum("rollout/tokens", trajectory.response_length)
@@ -103,6 +100,15 @@ class StepMetrics:
             + throughput.teacher_flops(self.teacher, num_tokens, trajectory.response_length)
             + throughput.student_training_flops(self.student, num_tokens, trajectory.response_length, block_size)
         )
+
+
+def _of_all(local: MetricAccumulator, group: dist.ProcessGroup) -> dict[str, float]:
+    """The values over the ranks of a group, which must all call it."""
+    gathered: list[MetricAccumulator] = [None] * group.size()
+    dist.all_gather_object(gathered, local, group=group)
+    everywhere = MetricAccumulator()
+    everywhere.merge(gathered)
+    return everywhere.values()
 
 
 def _add_sums(metrics: MetricAccumulator, sums: dict[str, float]) -> None:

@@ -72,12 +72,18 @@ class Trainer:
         teacher = build_teacher(teacher_source, config, self.groups, num_rows)
         self.source, self.special = source, source.special
         training = config.training
-        steps_per_rollout = training.num_prompts_per_step // training.global_batch_size
-        num_optimizer_steps = training.max_steps * steps_per_rollout
+        num_optimizer_steps = training.max_steps * (self._num_responses // training.global_batch_size)
         self.student = make_trainable(model, config.optimizer, config.parallel, num_optimizer_steps)
-        self.engine = RolloutEngine(model, config.rollout, self.special, training.seed)
+        self.engine = RolloutEngine(
+            model,
+            config.rollout,
+            self.special,
+            training.seed,
+            self.groups,
+            show_progress=config.logging.progress_bar and dist.get_rank() == 0,
+        )
         self.timers = PhaseTimers(torch.cuda.synchronize)
-        self.metrics = StepMetrics(source.architecture, teacher_source.architecture, self.groups.dp)
+        self.metrics = StepMetrics(source.architecture, teacher_source.architecture, self.groups)
         shard = self._vocabulary_shard(num_rows, teacher_source.architecture.vocab_size)
         self.expert_load = ExpertLoad(model, self.groups)
         self.train_step = TrainStep(
@@ -114,10 +120,9 @@ class Trainer:
         """The algorithm: a rollout, its states, one optimizer step per global batch."""
         with self.timers.phase("total"):
             limit = max_new_tokens_at(self.step, self.config.curricula, self.config.rollout)
-            tasks = self._share(self.prompt_stream.next_batch(), limit)
+            tasks = self._tasks(self.prompt_stream.next_batch(), limit)
             with self.timers.phase("rollout"):
-                context = self.student.model.context
-                trajectories = context.reunite(self.engine.generate(context.share_of(tasks), self.step))
+                trajectories = self.engine.generate(tasks, self.step)
             states = self._select_states(trajectories)
             with self.timers.phase("balance"):
                 states, imbalances = balance_rows(states, self.config.training, self.groups.dp)
@@ -132,21 +137,27 @@ class Trainer:
             lr=learning_rate(self.student),
             length_limit=limit,
             imbalances=imbalances,
-            pipeline_bubble=self.engine.pipeline_bubble,
+            rollout_metrics=self.engine.statistics.metrics(),
             max_expert_load=self.expert_load.take(),
         )
 
-    def _share(self, indices: list[int], limit: int) -> list[RolloutTask]:
-        """This data-parallel rank's part of the step's prompts: every global batch is spread evenly over the ranks.
+    def _tasks(self, indices: list[int], limit: int) -> list[RolloutTask]:
+        """The step's tasks, the same on all ranks; those of a prompt stand together.
 
-        A prompt that comes twice in a step (at an epoch's end, or in a small data set) gets another sample index.
+        A prompt that comes twice in a step (at an epoch's end, or in a small data set) gets further sample indices.
         """
-        tasks = []
+        tasks, num_responses = [], self.config.rollout.num_responses_per_prompt
         for place, index in enumerate(indices):
             prompt = self.prompts[index]
             max_new_tokens = domain_limit(prompt.domain, limit, self.config.rollout)
-            tasks.append(RolloutTask(prompt, max_new_tokens, sample_index=indices[:place].count(index)))
-        return tasks[self.groups.dp.rank() :: self.groups.dp.size()]
+            first = num_responses * indices[:place].count(index)
+            tasks += [RolloutTask(prompt, max_new_tokens, first + sample) for sample in range(num_responses)]
+        return tasks
+
+    @property
+    def _num_responses(self) -> int:
+        """Of a step, over all data-parallel ranks."""
+        return self.config.training.num_prompts_per_step * self.config.rollout.num_responses_per_prompt
 
     def _select_states(self, trajectories: list[Trajectory]) -> OnPolicyStates:
         return select_states(
@@ -249,11 +260,11 @@ class Trainer:
             self.groups.pp.size(),
         )
         logger.info(
-            "%d prompts a step / %d data-parallel ranks = %d per rank; %d optimizer steps of %d rows",
-            training.num_prompts_per_step,
+            "%d responses a step / %d data-parallel ranks = %d per rank; %d optimizer steps of %d rows",
+            self._num_responses,
             ranks,
-            training.num_prompts_per_step // ranks,
-            training.num_prompts_per_step // training.global_batch_size,
+            self._num_responses // ranks,
+            self._num_responses // training.global_batch_size,
             training.global_batch_size,
         )
 

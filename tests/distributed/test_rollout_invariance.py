@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -31,15 +32,16 @@ def prompts() -> list[Prompt]:
 
 
 def generate(folder: Path, parallel: ParallelConfig, settings: dict) -> list[str]:
-    """Trajectories of this data-parallel rank's prompts as JSON."""
+    """Trajectories of this data-parallel rank's prompts as JSON, whoever decoded them."""
     from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
 
-    rollout = RolloutConfig(max_new_tokens=12, stop_token_ids=[5], **settings)
+    rollout = RolloutConfig(max_new_tokens=12, stop_token_ids=[5], batch_size=2, **settings)
     with layout(parallel) as groups:
         model, special = load_student(tiny_config(folder, parallel=parallel, rollout=rollout), groups)
-        engine = RolloutEngine(model, rollout, special, seed=3)
-        mine = prompts()[groups.dp.rank() :: groups.dp.size()]
-        return [t.to_json() for t in engine.generate([RolloutTask(prompt, 12) for prompt in mine], step=2)]
+        engine = RolloutEngine(model, rollout, special, seed=3, groups=groups)
+        trajectories = engine.generate([RolloutTask(prompt, 12) for prompt in prompts()], step=2)
+        assert [t.prompt_id for t in trajectories] == engine.share([prompt.prompt_id for prompt in prompts()])
+        return [t.to_json() for t in trajectories]
 
 
 def every_case(rank: int, folder: Path) -> dict[tuple[str, str], list[str]]:
@@ -87,3 +89,30 @@ def test_seed_and_step_change_what_is_drawn(folder, world_of_one):
             (trajectory,) = RolloutEngine(model, rollout, special, seed).generate([task], step)
             responses.add(tuple(trajectory.terminal_ids_T.tolist()))
     assert len(responses) == 4
+
+
+def share_work(rank: int, folder: Path) -> tuple[int, int, float]:
+    """Sequences that this rank decoded, its forwards, and its idle seconds; every second task is a long one."""
+    from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
+
+    rollout = RolloutConfig(remasking_strategy="low_confidence_static", batch_size=2)
+    with layout(ParallelConfig()) as groups:
+        model, special = load_student(tiny_config(folder, rollout=rollout), groups)
+        special = dataclasses.replace(special, end_token_ids=())
+        engine = RolloutEngine(model, rollout, special, seed=3, groups=groups)
+        four = Prompt(prompt_id=0, token_ids=(1, 2, 3, 4))
+        tasks = [RolloutTask(four, 64 if index % 2 else 4, sample_index=index) for index in range(16)]
+        trajectories = engine.generate(tasks, step=2)
+        assert [t.sample_index for t in trajectories] == list(range(groups.dp.rank(), 16, 2))
+        statistics = engine.statistics
+    return statistics.num_tokens, statistics.num_forwards, statistics.idle_seconds
+
+
+def test_ranks_share_the_work_and_get_what_belongs_to_them(folder):
+    """A fixed split would give one rank eight sequences of 64 tokens, two at a time: 256 forwards; and the other 16."""
+    results = run_on_ranks(share_work, 2, folder)
+    assert sum(tokens for tokens, _, _ in results) == 8 * 64 + 8 * 4
+    assert max(forwards for _, forwards, _ in results) <= 160
+    assert all(seconds >= 0 for _, _, seconds in results)
+    again = run_on_ranks(share_work, 2, folder)
+    assert [rank[:2] for rank in again] == [rank[:2] for rank in results], "the split follows from the work, not time"

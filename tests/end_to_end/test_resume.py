@@ -89,7 +89,7 @@ def train_on_rank(rank: int, root: Path, runs: list[tuple[str, int, dict[str, st
 def metrics(root: Path, run: str) -> list[dict[str, float]]:
     """The records of a run without what depends on the clock."""
     records = [json.loads(line) for line in (root / run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("perf/seconds", "perf/tokens_per_second")
+    timed = ("perf/seconds", "perf/tokens_per_second", "rollout/tokens_per_second_per_rank", "rollout/idle_share")
     return [{name: value for name, value in record.items() if not name.startswith(timed)} for record in records]
 
 
@@ -203,6 +203,10 @@ def test_a_resumed_run_takes_its_learning_rates_from_its_own_recipe(root):
     assert rates[:STOPPED_AFTER] == [record["train/lr"] for record in metrics(root, "whole")][:STOPPED_AFTER]
 
 
+OF_THE_LAYOUT = ("train/token_imbalance", "rollout/forwards_per_token", "rollout/cache_use", "rollout/padding_share")
+"""Metrics of how rows are spread and sequences batched."""
+
+
 def test_defect_8_resuming_is_exact_under_tensor_and_sequence_parallelism_too_and_in_another_layout_to_rounding(root):
     whole, stopped = ("parallel", NUM_STEPS, TENSOR_PARALLEL), ("parallel stopped", STOPPED_AFTER, TENSOR_PARALLEL)
     run_on_ranks(train_on_rank, 2, root, [whole, stopped])
@@ -212,7 +216,7 @@ def test_defect_8_resuming_is_exact_under_tensor_and_sequence_parallelism_too_an
     assert_identical(root, "parallel stopped", "parallel")
     for run in ("parallel", "relaid"):
         for expected, actual in zip(metrics(root, "whole"), metrics(root, run), strict=True):
-            of_the_layout = {name: actual[name] for name in actual if name.startswith("train/token_imbalance")}
+            of_the_layout = {name: actual[name] for name in actual if name.startswith(OF_THE_LAYOUT)}
             assert actual == pytest.approx(expected | of_the_layout, rel=1e-4, abs=1e-5)
         expected, actual = weights(root, "whole"), weights(root, run)
         start = load_file(root / "student" / "model.safetensors")

@@ -88,7 +88,7 @@ def make_trainer(folders: dict, root: Path, case: dict):
 
 
 def roll_out_states(trainer):
-    tasks = trainer._share(trainer.prompt_stream.next_batch(), 12)
+    tasks = trainer._tasks(trainer.prompt_stream.next_batch(), 12)
     return trainer._select_states(trainer.engine.generate(tasks, trainer.step))
 
 

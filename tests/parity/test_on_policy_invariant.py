@@ -49,22 +49,23 @@ def record_rollout(monkeypatch, model, special, settings: RolloutConfig):
     prompts = prompts_of_every_remainder(settings.block_size)
     seen: dict[Key, torch.Tensor] = {}
     places: list[Key] = []
-    denoise, draw = block_decoder.BlockDecoder._denoise, block_decoder.draw_tokens
+    draw, draw_tokens = block_decoder.BlockDecoder._draw, block_decoder.draw_tokens
 
-    def noting_denoise(decoder, cache, rows_A):
-        for row in rows_A.tolist():
-            start, step = int(decoder.block_start_B[row]), int(decoder.step_B[row]) + 1
-            masked = decoder.is_masked_BL[row, start : start + settings.block_size].nonzero()[:, 0]
-            places.extend((decoder.requests[row].prompt_id, start + offset, step) for offset in masked.tolist())
-        return denoise(decoder, cache, rows_A)
+    def noting_draw(decoder, hidden_MH, slots_D, is_masked_DK):
+        for slot, is_masked_K in zip(slots_D.tolist(), is_masked_DK, strict=True):
+            start, step = int(decoder.slots.block_start_B[slot]), int(decoder.slots.step_B[slot]) + 1
+            prompt_id = decoder.slots.requests[slot].prompt_id
+            places.extend((prompt_id, start + offset, step) for offset in is_masked_K.nonzero()[:, 0].tolist())
+        return draw(decoder, hidden_MH, slots_D, is_masked_DK)
 
-    def noting_draw(logits_MV, uniforms_M, rollout):
-        seen.update(zip(places, logits_MV.clone(), strict=True))
-        places.clear()
-        return draw(logits_MV, uniforms_M, rollout)
+    def noting_draw_tokens(logits_MV, *arguments, **settings):
+        draws = draw_tokens(logits_MV, *arguments, **settings)  # hides the mask token and the padding first
+        seen.update(zip(places[: len(logits_MV)], logits_MV[:, : special.vocab_size].clone(), strict=True))
+        del places[: len(logits_MV)]
+        return draws
 
-    monkeypatch.setattr(block_decoder.BlockDecoder, "_denoise", noting_denoise)
-    monkeypatch.setattr(block_decoder, "draw_tokens", noting_draw)
+    monkeypatch.setattr(block_decoder.BlockDecoder, "_draw", noting_draw)
+    monkeypatch.setattr(block_decoder, "draw_tokens", noting_draw_tokens)
     engine = RolloutEngine(model, settings, special, SEED)
     return engine.generate([RolloutTask(prompt, settings.max_new_tokens) for prompt in prompts], step=0), seen
 

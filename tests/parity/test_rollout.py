@@ -113,14 +113,11 @@ def test_tokens_and_step_maps_equal_those_of_a_decoder_without_a_cache(student, 
 
 
 @pytest.mark.parametrize("case", ["static", "dynamic", "dynamic, 3 steps for 8"])
-def test_forwards_are_one_prefill_and_the_denoising_steps_of_the_slowest_row(student, case):
+def test_forwards_are_the_denoising_steps_of_the_slowest_row_since_prefill_and_commits_share_them(student, case):
     engine, trajectories = generate(student, rollout_settings(**CASES[case]))
-    assert engine.num_forwards == 1 + max(int(t.steps_by_block_MK.amax(1).sum()) for t in trajectories)
-    short = random_prompts()[:3]
-    engine, trajectories = generate(student, rollout_settings(**CASES[case]), short)
-    assert engine.num_forwards == max(int(t.steps_by_block_MK.amax(1).sum()) for t in trajectories), (
-        "nothing to prefill"
-    )
+    steps = [int(t.steps_by_block_MK.amax(1).sum()) for t in trajectories]
+    assert engine.statistics.num_forwards == max(steps)
+    assert engine.statistics.num_sequence_steps == sum(steps)
 
 
 def test_a_response_counts_up_to_its_first_end_token_or_its_limit_and_keeps_its_last_block_whole(student):

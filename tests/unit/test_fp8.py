@@ -181,6 +181,7 @@ def fp8_students_regions(folder, recipe: str, monkeypatch, run) -> int:
 def test_training_runs_in_fp8_and_rollout_does_not(tmp_path, world_of_one, monkeypatch, recipe, regions):
     from megatron_opdlm.rollout.forward import cached_forward
     from megatron_opdlm.rollout.kv_cache import KeyValueCache, QueryTokens, attached
+    from megatron_opdlm.rollout.paged_attention import SdpaPagedAttention
 
     folder = make_tiny_qwen3(tmp_path)
     positions = torch.arange(4)
@@ -189,9 +190,11 @@ def test_training_runs_in_fp8_and_rollout_does_not(tmp_path, world_of_one, monke
         model(torch.zeros(2, 4, dtype=torch.long), positions, torch.tensor([4]))
 
     def roll_out(model) -> None:
-        cache = KeyValueCache(num_rows=1, max_length=4, block_size=4)
+        cache = KeyValueCache(1, SdpaPagedAttention(4, 2, 4, torch.float32, torch.device("cpu")), torch.device("cpu"))
+        tokens = QueryTokens(positions, torch.tensor([0]), torch.tensor([4]), torch.tensor([[0]]))
         with attached(model, cache), torch.no_grad():
-            cached_forward(model, cache, QueryTokens(positions, torch.zeros_like(positions), positions))
+            for _ in cached_forward(model, cache, cache.place(tokens)):
+                pass
 
     assert fp8_students_regions(folder, recipe, monkeypatch, train) == regions
     assert fp8_students_regions(folder, recipe, monkeypatch, roll_out) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -41,9 +43,13 @@ def trajectory(steps: list[int], response_length: int, stop_reason: str) -> Traj
     )
 
 
+def groups() -> SimpleNamespace:
+    return SimpleNamespace(dp=dist.group.WORLD, dp_cp=dist.group.WORLD)
+
+
 @pytest.fixture
 def metrics(world_of_one) -> StepMetrics:
-    return StepMetrics(ARCHITECTURE, ARCHITECTURE, dist.group.WORLD)
+    return StepMetrics(ARCHITECTURE, ARCHITECTURE, groups())
 
 
 def sums(loss: float, rows: int, trained: int, agreements: int, gap: float, committed: int) -> dict[str, float]:
@@ -82,6 +88,6 @@ def test_paper_flops_are_six_and_two_per_parameter_and_token(metrics):
 
 def test_totals_go_on_from_a_saved_state(metrics):
     first = of_step(metrics)
-    resumed = StepMetrics(ARCHITECTURE, ARCHITECTURE, dist.group.WORLD)
+    resumed = StepMetrics(ARCHITECTURE, ARCHITECTURE, groups())
     resumed.load_state_dict(metrics.state_dict())
     assert of_step(resumed)["rollout/total_tokens"] == 2 * first["rollout/total_tokens"]

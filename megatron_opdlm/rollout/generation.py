@@ -1,0 +1,169 @@
+"""One rollout on this rank, from the requests to their trajectories.
+
+    queue = WorkQueue([request.longest(4) for request in requests], group)
+    generation = Generation(model, rollout, special, requests, queue)
+    finished = generation.run()                    # {index of a request: its trajectory}, those decoded here
+    generation.statistics.num_forwards
+
+The slots, and with them the pages of the cache, are parted among as many decoders as there are pipeline stages, which
+take turns (`rollout.turns`); without a pipeline there is one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+
+from tqdm import tqdm
+
+from megatron_opdlm.config.schema import RolloutConfig
+from megatron_opdlm.data.special_tokens import SpecialTokens
+from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.models.pipeline import PipelineModel
+from megatron_opdlm.parallel.device import device
+from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
+from megatron_opdlm.rollout.block_decoder import BlockDecoder
+from megatron_opdlm.rollout.cache_size import CacheSize, cache_size
+from megatron_opdlm.rollout.kv_cache import KeyValueCache, attached
+from megatron_opdlm.rollout.page_pool import PagePool
+from megatron_opdlm.rollout.paged_attention import SdpaPagedAttention
+from megatron_opdlm.rollout.scheduler import Scheduler
+from megatron_opdlm.rollout.sequences import DecodingRequest, Slots, Waiting
+from megatron_opdlm.rollout.statistics import RolloutStatistics
+from megatron_opdlm.rollout.turns import take_turns
+from megatron_opdlm.rollout.work_queue import WorkQueue
+
+logger = logging.getLogger(__name__)
+
+ROUNDS_BETWEEN_DEALS = 16
+"""Forwards after which data-parallel ranks tell each other how much room they have, while tasks are left."""
+SLOTS_PER_TASK_IN_STOCK = 8
+"""A rank takes one task for this many slots beyond the free ones, for slots that empty before the next deal."""
+
+
+class Generation:
+    """What lives as long as a rollout. Runs under the caller's no_grad.
+
+    All ranks of a tensor- and of a pipeline-parallel group need the same requests, and those of the queue's group too.
+    """
+
+    def __init__(
+        self,
+        model: PipelineModel,
+        rollout: RolloutConfig,
+        special: SpecialTokens,
+        requests: list[DecodingRequest],
+        queue: WorkQueue,
+        show_progress: bool = False,
+    ) -> None:
+        self.model, self.rollout, self.special, self.requests, self.queue = model, rollout, special, requests, queue
+        self.statistics = RolloutStatistics.of_blocks(rollout.block_size)
+        self.waiting: deque[Waiting] = deque()
+        self.finished: dict[int, Trajectory] = {}
+        self.num_slots = max(1, min(rollout.batch_size, -(-len(requests) // queue.num_ranks)))
+        self.longest = max((request.longest(rollout.block_size) for request in requests), default=rollout.block_size)
+        self.attention = SdpaPagedAttention(
+            rollout.block_size,
+            model.config.num_attention_heads // model.config.num_query_groups,
+            self.longest,
+            model.config.params_dtype,
+            device(),
+        )
+        self.bar = tqdm(desc="rollout", unit=" sequences", total=0, leave=False, delay=5, disable=not show_progress)
+
+    def run(self) -> dict[int, Trajectory]:
+        """Decodes. All ranks of the queue's group must call it, and all that share experts."""
+        link, started = self.model.link, time.perf_counter()
+        link.clock.take()
+        decoders, cache = self._build()
+        with attached(self.model, cache), self.bar:
+            while not self.queue.is_empty:
+                self._take_requests(decoders)
+                num_rounds = None if self.queue.is_empty else ROUNDS_BETWEEN_DEALS
+                take_turns(decoder.decode(num_rounds) for decoder in decoders)
+            if not self.requests:
+                take_turns(decoder.decode() for decoder in decoders)  # keeps company where experts are shared
+        self._finish_statistics(decoders, time.perf_counter() - started)
+        return self.finished
+
+    def _take_requests(self, decoders: list[BlockDecoder]) -> None:
+        """Gets requests for free slots and for stock, and spreads those of similar length over the decoders."""
+        num_held = len(self.waiting) + sum(decoder.scheduler.num_active for decoder in decoders)
+        room = self.num_slots + self.num_slots // SLOTS_PER_TASK_IN_STOCK - num_held
+        dealt = [Waiting(self.requests[index]) for index in self.queue.deal(max(room, 0))]
+        self.waiting.extend(dealt)
+        self.bar.total += len(dealt)
+        while sum(decoder.scheduler.admit(at_most=1) for decoder in decoders):
+            pass
+
+    def _build(self) -> tuple[list[BlockDecoder], KeyValueCache]:
+        num_decoders = self.rollout.pipeline_micro_groups or self.model.link.num_stages
+        num_slots = -(-self.num_slots // num_decoders)
+        size = self._cache_size(num_decoders, num_slots)
+        shard = _vocabulary_shard(self.model, self.special)
+        cache = KeyValueCache(num_decoders * size.num_pages + 1, self.attention, device())
+        decoders = []
+        for place in range(num_decoders):
+            pages = range(1 + place * size.num_pages, 1 + (place + 1) * size.num_pages)
+            pool = PagePool(pages, num_slots, size.pages_of_longest, self.attention.page_size)
+            slots = Slots(num_slots, self.longest, self.rollout, self.special)
+            scheduler = Scheduler(slots, pool, self.waiting, self.rollout)
+            decoders.append(
+                BlockDecoder(
+                    self.model, cache, scheduler, self.rollout, self.special, shard, self.statistics, self._keep
+                )
+            )
+        self.statistics.num_pages = num_decoders * size.num_pages
+        return decoders, cache
+
+    def _cache_size(self, num_decoders: int, num_slots: int) -> CacheSize:
+        size = cache_size(
+            self.model,
+            page_size=self.attention.page_size,
+            longest=self.longest,
+            num_slots=num_slots,
+            num_decoders=num_decoders,
+            cache_gib=self.rollout.cache_gib,
+        )
+        logger.debug(
+            "key-value cache: %d x %d pages of %d tokens, %.3g GiB, for %d x %d sequences of up to %d tokens",
+            num_decoders,
+            size.num_pages,
+            self.attention.page_size,
+            size.gib,
+            num_decoders,
+            num_slots,
+            self.longest,
+        )
+        return size
+
+    def _keep(self, index: int, trajectory: Trajectory) -> None:
+        """What a decoder has finished."""
+        self.finished[index] = trajectory
+        self.statistics.num_tokens += trajectory.response_length
+        self.bar.update()
+        elapsed = self.bar.format_dict["elapsed"]
+        if elapsed:
+            self.bar.set_postfix_str(f"{self.statistics.num_tokens / elapsed:.0f} tokens/s", refresh=False)
+
+    def _finish_statistics(self, decoders: list[BlockDecoder], seconds: float) -> None:
+        self.statistics.seconds = seconds
+        self.statistics.num_pairs = self.attention.num_pairs
+        self.statistics.num_hidden_pairs = self.attention.num_hidden_pairs
+        self.statistics.num_preemptions = sum(decoder.scheduler.num_preemptions for decoder in decoders)
+        self.statistics.peak_pages = sum(decoder.scheduler.pool.peak for decoder in decoders)
+        if self.model.link.num_stages > 1:
+            self.statistics.pipeline_bubble = self.model.link.idle_share(seconds)
+
+
+def _vocabulary_shard(model: PipelineModel, special: SpecialTokens) -> VocabularyShard:
+    """This rank's rows of the output layer."""
+    num_rows = model.chunks[0].vocab_size // model.tensor_group.size()
+    return VocabularyShard(
+        first=model.tensor_group.rank() * num_rows,
+        num_rows=num_rows,
+        vocab_size=special.vocab_size,
+        mask_token_id=special.mask_token_id,
+        group=model.tensor_group,
+    )
