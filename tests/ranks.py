@@ -26,25 +26,26 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIME_LIMIT = 120.0
-"""Seconds after which a test's processes are ended."""
+"""Seconds after which a test's processes are ended, where it does not say otherwise."""
 
 # Ranks are forked from one process that has imported everything: importing takes each of them seconds otherwise.
 multiprocessing.set_forkserver_preload(["megatron_opdlm.training.trainer"])
 
 
-def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+def run_on_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, time_limit: float = TIME_LIMIT
+) -> list[Any]:
     """[function(rank, *arguments) for every rank], each in a fresh process with the default process group initialised.
 
     `function` is at module level; arguments and return values can be pickled. No process outlives the call. Raises
     RuntimeError with the traceback of the rank that failed first, `torch.multiprocessing.ProcessExitedException` where
-    a process died without one, and TimeoutError after TIME_LIMIT seconds.
+    a process died without one, and TimeoutError after `time_limit` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ranks = mp.start_processes(
-            _run_rank, (function, world_size, folder, arguments), world_size, join=False, start_method="forkserver"
-        )
+        what = (function, world_size, folder, arguments, time_limit)
+        ranks = mp.start_processes(_run_rank, what, world_size, join=False, start_method="forkserver")
         try:
-            _wait_for(ranks, function.__name__)
+            _wait_for(ranks, function.__name__, time_limit)
         except mp.ProcessRaisedException:
             raise RuntimeError(Path(folder, "failure").read_text()) from None
         finally:
@@ -54,17 +55,19 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any)
         return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(world_size)]
 
 
-def _wait_for(ranks: mp.ProcessContext, name: str) -> None:
-    deadline = time.monotonic() + TIME_LIMIT
+def _wait_for(ranks: mp.ProcessContext, name: str, time_limit: float) -> None:
+    deadline = time.monotonic() + time_limit
     while not ranks.join(timeout=max(deadline - time.monotonic(), 0.0)):
         if time.monotonic() >= deadline:
-            raise TimeoutError(f"{name} did not finish on all ranks within {TIME_LIMIT:.0f} s")
+            raise TimeoutError(f"{name} did not finish on all ranks within {time_limit:.0f} s")
 
 
-def _run_rank(rank: int, function: Callable[..., Any], world_size: int, folder: str, arguments: tuple) -> None:
+def _run_rank(
+    rank: int, function: Callable[..., Any], world_size: int, folder: str, arguments: tuple, time_limit: float
+) -> None:
     torch.set_num_threads(1)
     # A file instead of a TCP port for the rendezvous: no other process can take it.
-    rendezvous, limit = f"file://{folder}/rendezvous", timedelta(seconds=TIME_LIMIT)
+    rendezvous, limit = f"file://{folder}/rendezvous", timedelta(seconds=time_limit)
     try:
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=limit)
         Path(folder, str(rank)).write_bytes(pickle.dumps(function(rank, *arguments)))

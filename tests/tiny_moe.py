@@ -12,7 +12,15 @@ import torch
 from tests.tiny_qwen3 import make_tokenizer
 
 
-def make_tiny_moe(folder: Path, *, norm_topk_prob: bool = True, num_layers: int = 2, seed: int = 0) -> Path:
+def make_tiny_moe(
+    folder: Path,
+    *,
+    norm_topk_prob: bool = True,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_groups: int = 2,
+    seed: int = 0,
+) -> Path:
     """Weights drawn from `seed`; routers large enough for a token's probabilities to differ."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -26,8 +34,8 @@ def make_tiny_moe(folder: Path, *, norm_topk_prob: bool = True, num_layers: int 
         num_experts_per_tok=2,
         norm_topk_prob=norm_topk_prob,
         num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_groups,
         head_dim=12,
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},

@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest import mock
+
+import torch.distributed as dist
 
 from megatron_opdlm.config.schema import (
     AttentionConfig,
@@ -35,10 +39,6 @@ _SEQUENCE_PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True
 PIPELINE_LAYOUTS = {
     "2 stages": ParallelConfig(**_TWO_STAGES),
     "2 stages of 2 chunks": ParallelConfig(**_TWO_CHUNKS),
-    "4 stages": ParallelConfig(pipeline_model_parallel_size=4),
-    "2 stages, tensor parallel 2": ParallelConfig(**_TWO_STAGES, tensor_model_parallel_size=2),
-    "2 stages, sequence parallel 2": ParallelConfig(**_TWO_STAGES, **_SEQUENCE_PARALLEL),
-    "2 stages of 2 chunks, sequence parallel 2": ParallelConfig(**_TWO_CHUNKS, **_SEQUENCE_PARALLEL),
 }
 """The same with pipeline stages; the names say how many processes at least."""
 
@@ -59,13 +59,16 @@ _CONTEXT_PARALLEL = {"context_parallel_size": 2}
 CONTEXT_LAYOUTS = {
     "context parallel 2": ParallelConfig(**_CONTEXT_PARALLEL),
     "context parallel 4": ParallelConfig(context_parallel_size=4),
-    "context parallel 2, tensor parallel 2": ParallelConfig(**_CONTEXT_PARALLEL, tensor_model_parallel_size=2),
     "context parallel 2, sequence parallel 2": ParallelConfig(**_CONTEXT_PARALLEL, **_SEQUENCE_PARALLEL),
-    "context parallel 2, 2 stages": ParallelConfig(**_CONTEXT_PARALLEL, **_TWO_STAGES),
-    "context parallel 2, experts over 2": ParallelConfig(**_CONTEXT_PARALLEL, **_SHARED_EXPERTS),
     "context parallel 2, 2 stages of 2 chunks": ParallelConfig(**_CONTEXT_PARALLEL, **_TWO_CHUNKS),
 }
 """Ranks that share sequences."""
+
+
+def model_ranks(parallel: ParallelConfig) -> int:
+    """Ranks that one copy of the model takes, experts aside: they lie on the same ones."""
+    tensor_size, num_stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    return tensor_size * num_stages * parallel.context_parallel_size
 
 
 def tiny_config(
@@ -93,20 +96,58 @@ def tiny_config(
 @contextlib.contextmanager
 def layout(parallel: ParallelConfig) -> Iterator:
     """Megatron's groups over the default process group. All ranks must enter it."""
-    from megatron_opdlm.parallel.initialize import initialize, parallel_state
+    from megatron_opdlm.parallel.initialize import initialize
 
     groups = initialize(parallel, seed=0)
     try:
         yield groups
+        dist.barrier()  # nobody leaves a group that another rank still waits in
     finally:
-        parallel_state.destroy_model_parallel()
+        remove_parallel_groups()
+
+
+def no_report() -> AbstractContextManager:
+    """Runs of the trainer write no report: drawing it takes longer than training a tiny model."""
+    from megatron_opdlm.training import trainer
+
+    return mock.patch.object(trainer, "write_report")
+
+
+def run_trainer(config: Config) -> tuple[list[dict[str, float]], dict[tuple[int, int, int], str]]:
+    """Trains to the end: the metrics of each step, and this rank's trajectories by step, prompt and sample, as JSON.
+
+    A run that has a checkpoint goes on from it, so the metrics are those of the steps it still takes. All ranks must
+    call it, within `layout`.
+    """
+    from megatron_opdlm.training.trainer import Trainer
+
+    trainer = Trainer(config)
+    steps, trajectories = [], {}
+    one_step, generate = trainer._one_step, trainer.engine.generate
+
+    def noting_generate(tasks, step):
+        made = generate(tasks, step)
+        trajectories.update({(step, t.prompt_id, t.sample_index): t.to_json() for t in made})
+        return made
+
+    trainer.engine.generate = noting_generate
+    trainer._one_step = lambda: steps.append(one_step()) or steps[-1]
+    with no_report():
+        trainer.run()
+    return steps, trajectories
 
 
 def remove_parallel_groups() -> None:
-    """Forgets Megatron's groups that something which failed left behind."""
+    """Ends Megatron's groups, also those that something which failed left behind.
+
+    Megatron only forgets them; of a gloo group that lives on, a thread wakes up a hundred times a second.
+    """
     from megatron_opdlm.parallel.initialize import parallel_state
 
     parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def load_student(config: Config, groups):

@@ -6,7 +6,6 @@ Attention is compared in float64, whole sequences against parts; training runs a
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -19,29 +18,21 @@ from megatron_opdlm.diffusion.trajectory import Trajectory
 from tests.distributed.test_pipeline import evaluate
 from tests.distributed.test_train_step_invariance import SAME_COUNTS, SAME_NUMBERS, Run, read_weights, train
 from tests.ranks import run_on_ranks
-from tests.tiny_moe import make_tiny_moe
 from tests.tiny_qwen3 import make_tiny_qwen3, write_prompts
-from tests.worlds import CONTEXT_LAYOUTS
+from tests.worlds import CONTEXT_LAYOUTS, model_ranks
 
 WRONG = Run(2, "context parallel 2", 2)
 """Each rank takes the mean over the trained positions of its own part."""
 REFERENCES = {tie: Run(1, "tensor parallel 1", 1, tie) for tie in (False, True)}
 OTHERS = [
     Run(2, "context parallel 2", 1),
-    Run(4, "context parallel 2", 2),
     Run(4, "context parallel 4", 2, tie=True),
-    Run(4, "context parallel 2, tensor parallel 2", 2),
     Run(4, "context parallel 2, sequence parallel 2", 1, tie=True),
-    Run(4, "context parallel 2, 2 stages", 1, tie=True),
     Run(4, "context parallel 2, 2 stages of 2 chunks", 2),
 ]
-RECOMPUTING = (OTHERS[0], OTHERS[4], OTHERS[6])
+"""`test_every_layout` has those that do without what is special here: four parts, or recomputing."""
+RECOMPUTING = (OTHERS[0], OTHERS[2], OTHERS[3])
 """Runs whose backward passes run the student's layers, and so the exchanges between ranks, a second time."""
-RESUMED = {
-    Run(1, "tensor parallel 1", 4): OTHERS[0],
-    Run(2, "context parallel 2", 4): REFERENCES[False],
-}
-"""Run of the last step -> the run whose checkpoint after two steps it goes on from."""
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -118,13 +109,9 @@ def use_link(rank: int) -> dict:
     columns = link.columns(6)
     numbers = torch.arange(12.0).view(2, 6, 1)  # the output at position i of row 0 is i, of row 1 it is 6 + i
     is_trained = torch.tensor([[0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 1, 0]]).bool()
-    share = link.share_of([10, 11, 12, 13, 14])
     return {
         "columns": columns,
         "before": outputs_before(numbers[:, columns], is_trained[:, columns], link).flatten().tolist(),
-        "share": share,
-        "reunited": link.reunite([2 * item for item in share]),
-        "reunited of one": link.reunite(link.share_of(["only"])),
         "sum": link.add_up_(torch.tensor([1.0, float(rank)])).tolist(),
     }
 
@@ -143,12 +130,8 @@ def test_the_teachers_output_before_a_part_comes_from_the_rank_before(linked):
     assert [rank["before"] for rank in linked] == [[0.0, 7.0], [2.0, 4.0, 8.0, 9.0]]
 
 
-def test_ranks_share_prompts_out_and_have_all_trajectories_afterwards(linked):
-    assert [rank["share"] for rank in linked] == [[10, 12, 14], [11, 13]]
-    for rank in linked:
-        assert rank["reunited"] == [20, 22, 24, 26, 28]
-        assert rank["reunited of one"] == ["only"]
-        assert rank["sum"] == [2.0, 1.0]
+def test_sums_are_those_of_all_parts(linked):
+    assert [rank["sum"] for rank in linked] == [[2.0, 1.0], [2.0, 1.0]]
 
 
 def test_a_rank_alone_has_everything_and_sends_nothing():
@@ -157,7 +140,6 @@ def test_a_rank_alone_has_everything_and_sends_nothing():
     link, heads = ContextLink(None), torch.zeros(4, 1, 2, 3)
     assert link.columns(7) == slice(0, 7) and link.is_first
     assert link.whole_sequences(heads, heads) == (heads, heads) and link.own_positions(heads) is heads
-    assert link.reunite(link.share_of([1, 2])) == [1, 2]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -180,9 +162,8 @@ def train_long(run: Run, root: Path) -> tuple[list[dict], dict]:
         pad_to_multiple=8,
         recompute="full" if run in RECOMPUTING else "none",
     )
-    folder, save_interval = root / ("tied" if run.tie else "untied"), 2 if run in (*RESUMED, *RESUMED.values()) else 0
-    student = StudentConfig(hf=str(folder))
-    return train(run, root, save_interval, student=student, rollout=rollout, data=data, training=training)
+    student = StudentConfig(hf=str(root / ("tied" if run.tie else "untied")))
+    return train(run, root, student=student, rollout=rollout, data=data, training=training)
 
 
 def train_with_means_of_parts(run: Run, root: Path) -> tuple[list[dict], dict]:
@@ -214,14 +195,6 @@ def results(root, world_of_one) -> dict[Run, list[tuple[list[dict], dict]]]:
     return train_in_worlds([*REFERENCES.values(), *OTHERS, WRONG], root)
 
 
-@pytest.fixture(scope="module")
-def resumed(root, results) -> dict[Run, list[tuple[list[dict], dict]]]:
-    for run, source in RESUMED.items():
-        step = "checkpoints/step_00000002"
-        shutil.copytree(root / str(source) / step, root / str(run) / step)
-    return train_in_worlds(list(RESUMED), root)
-
-
 def train_in_worlds(runs: list[Run], root: Path) -> dict[Run, list[tuple[list[dict], dict]]]:
     """What `train_all` gives, by rank."""
     results = {}
@@ -233,11 +206,12 @@ def train_in_worlds(runs: list[Run], root: Path) -> dict[Run, list[tuple[list[di
 
 
 @pytest.mark.parametrize("run", OTHERS, ids=str)
-def test_trajectories_are_those_of_one_process_each_decoded_by_one_of_the_ranks_that_share_it(results, run):
-    expected, parallel = results[REFERENCES[run.tie]][0][1], CONTEXT_LAYOUTS[run.layout]
-    num_copies = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+def test_trajectories_are_those_of_one_process_and_all_ranks_that_share_sequences_have_them(results, run):
+    expected = results[REFERENCES[run.tie]][0][1]
+    assert len(expected) == 3 * 8
+    data_parallel_size = run.world_size // model_ranks(CONTEXT_LAYOUTS[run.layout])
     actual = [pair for _, trajectories in results[run] for pair in trajectories.items()]
-    assert len(expected) == 3 * 8 and len(actual) == num_copies * len(expected)
+    assert len(actual) * data_parallel_size == run.world_size * len(expected)
     assert {key for key, _ in actual} == expected.keys()
     for key, line in actual:
         ours, one = Trajectory.from_json(line), Trajectory.from_json(expected[key])
@@ -265,13 +239,6 @@ def relative_errors(metrics: list[dict], expected: list[dict]) -> dict[str, floa
 def test_losses_and_gradient_norms_on_all_ranks_are_those_of_one_process(results, run):
     for metrics, _ in results[run]:
         assert_same_metrics(metrics, results[REFERENCES[run.tie]][0][0])
-
-
-@pytest.mark.parametrize("run", RESUMED, ids=str)
-def test_a_checkpoint_with_shared_sequences_is_resumed_without_and_the_other_way_round(results, resumed, root, run):
-    for metrics, _ in resumed[run]:
-        assert_same_metrics(metrics, results[REFERENCES[False]][0][0][2:])
-    assert_same_weights(root, run)
 
 
 def test_a_mean_over_the_trained_positions_of_a_part_would_show(results):
@@ -302,27 +269,6 @@ def exported_weights(root: Path, run: Run) -> dict[str, torch.Tensor]:
     if not output.exists():
         megatron_to_hf(root / str(run) / "checkpoints", output, dtype=None)
     return read_weights(output)
-
-
-MIXTURES = (REFERENCES[False], Run(2, "context parallel 2", 1), Run(2, "context parallel 2, experts over 2", 4))
-
-
-@pytest.fixture(scope="module")
-def mixtures(tmp_path_factory, world_of_one) -> dict[Run, list[tuple[list[dict], dict]]]:
-    root = tmp_path_factory.mktemp("mixtures")
-    make_tiny_moe(root / "untied", seed=1)
-    make_tiny_moe(root / "teacher", seed=3)
-    write_prompts(root / "prompts.jsonl", 20)
-    return train_in_worlds(list(MIXTURES), root)
-
-
-@pytest.mark.parametrize("run", MIXTURES[1:], ids=str)
-def test_mixtures_train_as_in_one_process_also_where_these_ranks_share_experts(mixtures, run):
-    expected = mixtures[REFERENCES[False]][0][0]
-    for metrics, _ in mixtures[run]:
-        assert_same_metrics(metrics, expected)
-        for ours, one in zip(metrics, expected, strict=True):
-            assert ours["moe/max_expert_load"] == pytest.approx(one["moe/max_expert_load"])
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Each training run is a whole `Trainer`, as in `test_train_step_invariance`; the 
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -26,20 +25,8 @@ from tests.tiny_qwen3 import write_prompts
 from tests.worlds import EXPERT_LAYOUTS, layout, load_student, tiny_config
 
 REFERENCE = Run(1, "tensor parallel 1", 1)
-OTHERS = [
-    Run(2, "experts over 2", 2),
-    Run(2, "sequence parallel 2", 2),
-    Run(2, "sequence parallel 2, whole experts over 2", 1),
-    Run(4, "experts over 2", 1),
-    Run(4, "sequence parallel 2, experts over 2", 2),
-    Run(4, "2 stages, experts over 2", 2),
-]
-RESUMED = {
-    Run(2, "experts over 2", 4): Run(4, "2 stages, experts over 2", 2),
-    Run(1, "tensor parallel 1", 2): Run(2, "experts over 2", 2),
-    Run(2, "experts over 2", 1): REFERENCE,
-}
-"""Run of the last step -> the run whose checkpoint after two steps it goes on from."""
+OTHERS = [Run(4, "experts over 2", 1), Run(4, "experts over 4", 2)]
+"""With a teacher whose router's probabilities do not sum to one; the other layouts are in `test_every_layout`."""
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +46,6 @@ def results(root, world_of_one) -> dict[Run, list[tuple[list[dict], dict]]]:
     return train_in_worlds([REFERENCE, *OTHERS], root)
 
 
-@pytest.fixture(scope="module")
-def resumed(root, results) -> dict[Run, list[tuple[list[dict], dict]]]:
-    for run, source in RESUMED.items():
-        step = "checkpoints/step_00000002"
-        shutil.copytree(root / str(source) / step, root / str(run) / step)
-    return train_in_worlds(list(RESUMED), root)
-
-
 @pytest.mark.parametrize("run", OTHERS, ids=str)
 def test_trajectories_are_those_of_one_process(results, run):
     expected = results[REFERENCE][0][1]
@@ -83,13 +62,6 @@ def test_losses_gradient_norms_expert_loads_and_weights_are_those_of_one_process
         assert_same_metrics(metrics, expected)
         for step, expected_step in zip(metrics, expected, strict=True):
             assert step["moe/max_expert_load"] == pytest.approx(expected_step["moe/max_expert_load"], rel=1e-9)
-    assert_same_weights(root, run, REFERENCE)
-
-
-@pytest.mark.parametrize("run", RESUMED, ids=str)
-def test_a_checkpoint_is_resumed_with_the_experts_elsewhere(results, resumed, root, run):
-    for metrics, _ in resumed[run]:
-        assert_same_metrics(metrics, results[REFERENCE][0][0][2:])
     assert_same_weights(root, run, REFERENCE)
 
 
@@ -116,7 +88,7 @@ def generate(root: Path, parallel: ParallelConfig, share: tuple[int, int] | None
         tasks = [RolloutTask(prompt, 4 + 3 * prompt.prompt_id) for prompt in prompts()]
         if share is not None:
             tasks = tasks[: share[0]] if groups.dp.rank() == 0 else tasks[share[0] :]
-        return [t.to_json() for t in engine.generate(tasks, step=2)], engine.num_forwards
+        return [t.to_json() for t in engine.generate(tasks, step=2)], engine.statistics.num_forwards
 
 
 def every_share(rank: int, root: Path, name: str) -> dict[str, tuple[list[str], int]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_opdlm.config.schema import LoggingConfig, OptimizerConfig, TrainingConfig
+from megatron_opdlm.config.schema import CheckpointConfig, LoggingConfig, OptimizerConfig, TrainingConfig
 from tests.distributed.test_train_step_invariance import OPTIMIZER, Run, train
 from tests.ranks import run_on_ranks
 from tests.tiny_moe import make_tiny_moe
@@ -133,7 +133,7 @@ def train_with(overlap: Overlap, run: Run, root: Path, name: str = "", waits: bo
             patch.setattr(trainer, "wait_for_weights", lambda student: None)
             patch.setattr(train_step, "wait_for_weights", lambda student: None)
         logging = LoggingConfig(directory=str(root / f"{run} {overlap}{name}"), tensorboard=False, progress_bar=False)
-        save_interval = 2 if run == RESUMED else 0
+        checkpoint = CheckpointConfig(save_interval=2 if run == RESUMED else 0)
         training = TrainingConfig(
             max_steps=3,
             num_prompts_per_step=8,
@@ -142,7 +142,13 @@ def train_with(overlap: Overlap, run: Run, root: Path, name: str = "", waits: bo
             pad_to_multiple=8,
         )
         metrics, trajectories = train(
-            run, root, save_interval, parallel=parallel, optimizer=UNCLIPPED, training=training, logging=logging
+            run,
+            root,
+            parallel=parallel,
+            optimizer=UNCLIPPED,
+            training=training,
+            checkpoint=checkpoint,
+            logging=logging,
         )
     (student,) = students
     weights = {name: parameter.detach().clone() for name, parameter in student.model.named_parameters()}
