@@ -2,8 +2,8 @@
 
 It is an ordinary autoregressive Hugging Face folder in all but its size: Qwen3's architecture, special tokens and chat
 format, a byte-level BPE vocabulary of its own. It learns `response` given `question` from the tasks of `tasks.py`, and
-is scored on held-out tasks with their own verifier. The defaults made the folder `teacher/`; runs with one thread on
-the same software give the same weights.
+is scored on held-out tasks with their own verifier. The defaults made the folder `teacher/`; `small/` is a smaller one
+of the same family. Runs with one thread on the same software give the same weights.
 
 Example: python examples/quickstart/make_teacher.py --output teacher
 """
@@ -49,7 +49,6 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 """ChatML. `enable_thinking` changes nothing, as this teacher never thinks first."""
-VOCAB_SIZE = 384
 ROPE_THETA = 1e6
 MAX_LENGTH = 1024
 IGNORED = -100
@@ -83,15 +82,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Qwen3 with 4 layers of width 128, tied embeddings, float32; the weights follow torch's global seed."""
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, *, num_layers: int, hidden_size: int, vocab_size: int
+) -> Qwen3ForCausalLM:
+    """Qwen3 with tied embeddings, float32; the weights follow torch's global seed."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -191,8 +192,12 @@ def describe(model: Qwen3ForCausalLM, arguments: argparse.Namespace, is_correct:
     """The text of the folder's README.md."""
     config = model.config
     first = is_correct[:NUM_QUICKSTART_TASKS]
+    flags = ("num_layers", "hidden_size", "vocab_size", "steps", "batch_size", "lr", "seed", "threads")
+    command = "python examples/quickstart/make_teacher.py --output DIR " + " ".join(
+        f"--{flag.replace('_', '-')} {getattr(arguments, flag):g}" for flag in flags
+    )
     share, share_of_first = sum(is_correct) / len(is_correct), sum(first) / len(first)
-    return f"""# The quickstart's teacher
+    return f"""# A small Qwen3 that adds and subtracts
 
 A Qwen3 trained from scratch to solve `chain_sum` tasks of reasoning-gym: two to four one-digit numbers,
 added and subtracted, one running sum a line.
@@ -207,8 +212,7 @@ added and subtracted, one running sum a line.
 - Training: {arguments.steps:,} steps of {arguments.batch_size} tasks; {seconds:.0f} seconds.
 - Vocabulary: byte-level BPE in which every digit, sign and newline is a token; Qwen3's special tokens; ChatML.
 
-Made by `python examples/quickstart/make_teacher.py --output DIR --steps {arguments.steps}
---batch-size {arguments.batch_size} --lr {arguments.lr:g} --seed {arguments.seed} --threads {arguments.threads}`.
+Made by `{command}`.
 """
 
 
@@ -249,7 +253,12 @@ def make_teacher(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
+    model = build_model(
+        tokenizer,
+        num_layers=arguments.num_layers,
+        hidden_size=arguments.hidden_size,
+        vocab_size=arguments.vocab_size,
+    )
     started = time.perf_counter()
     train(model, training_batches(tokenizer, arguments.batch_size, arguments.seed), arguments.steps, arguments.lr)
     seconds = time.perf_counter() - started
@@ -264,6 +273,11 @@ def make_teacher(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the quickstart's teacher and write it as a HF folder.")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--num-layers", type=int, default=4, help="of the model")
+    parser.add_argument("--hidden-size", type=int, default=128, help="its width")
+    parser.add_argument(
+        "--vocab-size", type=int, default=384, help="rows of the embedding; the tokenizer has fewer ids"
+    )
     parser.add_argument("--steps", type=int, default=700, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=64, help="tasks per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")

@@ -3,6 +3,7 @@
 #
 #   bash examples/quickstart/run.sh                                              # two CPU processes, or all GPUs
 #   bash examples/quickstart/run.sh --parallel.tensor_model_parallel_size 2      # any setting of the recipe
+#   STUDENT=examples/quickstart/small bash examples/quickstart/run.sh            # a smaller student than its teacher
 #
 # RUN_DIRECTORY names another folder; what an earlier quickstart left there is replaced.
 set -euo pipefail
@@ -11,6 +12,7 @@ source requirements/make_environment.sh
 
 quickstart=examples/quickstart
 run=${RUN_DIRECTORY:-runs/quickstart}
+student=${STUDENT:-$quickstart/teacher} # the autoregressive model that the student starts from
 if [[ -e "$run" && ! -d "$run/tasks" ]]; then
     echo "error: RUN_DIRECTORY ($run) exists and is not an earlier quickstart's" >&2
     exit 2
@@ -33,7 +35,7 @@ python $quickstart/tasks.py --output "$run/tasks" --num-train 20000 --num-heldou
 
 say "Hugging Face -> Megatron: the teacher, and the student that starts from it"
 python tools/convert_hf_to_megatron.py --hf $quickstart/teacher --output "$run/teacher" --role teacher
-python tools/convert_hf_to_megatron.py --hf $quickstart/teacher --output "$run/untrained" --role student
+python tools/convert_hf_to_megatron.py --hf "$student" --output "$run/untrained" --role student
 
 evaluate() { # evaluate NAME CHECKPOINT [setting ...]
     launch megatron_opdlm.evaluate --config $quickstart/recipe.yaml "${settings[@]}" --student.checkpoint "$2" \
