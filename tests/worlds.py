@@ -172,8 +172,17 @@ def load_teacher(config: Config, groups):
 
 
 def gathered_logits(model, hidden_TBH):
-    """Logits `[B, T, V]` of hidden states, gathered over the tensor-parallel group; padding rows included."""
+    """Logits `[B, T, V]` of hidden states, which the last pipeline stage has; padding rows included.
+
+    All ranks must call it, and all get them.
+    """
+    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    hidden_BTH = model.whole_sequence(hidden_TBH).transpose(0, 1)
-    return gather_from_tensor_model_parallel_region(model.vocab_parallel_logits(hidden_BTH))
+    logits = [None]
+    if hidden_TBH is not None:
+        hidden_BTH = model.whole_sequence(hidden_TBH).transpose(0, 1)
+        logits = [gather_from_tensor_model_parallel_region(model.vocab_parallel_logits(hidden_BTH))]
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast_object_list(logits, group=stages, group_src=stages.size() - 1)
+    return logits[0]

@@ -15,13 +15,16 @@ from megatron_opdlm.config.schema import RolloutConfig
 from tests.ranks import run_on_ranks
 from tests.references import load_reference, two_stream_logits
 from tests.tiny_qwen3 import make_tiny_qwen3
-from tests.worlds import LAYOUTS, gathered_logits, layout, load_student, load_teacher, tiny_config
+from tests.worlds import LAYOUTS, PIPELINE_LAYOUTS, gathered_logits, layout, load_student, load_teacher, tiny_config
 
 TOLERANCE = 1e-4
 BLOCK_SIZES = (4, 8)
 BACKENDS = ("dense", "aten")
 LENGTHS_B = torch.tensor([24, 16])
 TIES = (False, True)
+
+
+EVERY_LAYOUT = LAYOUTS | {"2 stages": PIPELINE_LAYOUTS["2 stages"]}
 
 
 def token_ids(seed: int) -> torch.Tensor:
@@ -55,10 +58,12 @@ def every_case(rank: int, folders: dict[bool, Path], layouts: list[str]) -> dict
     results = {}
     for name in layouts:
         for tie, folder in folders.items():
-            results[name, tie, "teacher"] = teacher_logits(folder, LAYOUTS[name])
+            results[name, tie, "teacher"] = teacher_logits(folder, EVERY_LAYOUT[name])
             for backend in BACKENDS:
                 for block_size in BLOCK_SIZES:
-                    results[name, tie, backend, block_size] = student_logits(folder, LAYOUTS[name], backend, block_size)
+                    results[name, tie, backend, block_size] = student_logits(
+                        folder, EVERY_LAYOUT[name], backend, block_size
+                    )
     return results
 
 
@@ -69,14 +74,14 @@ def folders(tmp_path_factory) -> dict[bool, Path]:
 
 @pytest.fixture(scope="module")
 def results(folders, world_of_one) -> dict[tuple, torch.Tensor]:
-    one_layout, *two_layouts = LAYOUTS
+    one_layout, *two_layouts = EVERY_LAYOUT
     first, second = run_on_ranks(every_case, 2, folders, two_layouts)
-    assert all(torch.equal(first[case], second[case]) for case in first), "ranks of one group must agree"
+    assert all(torch.equal(first[case], second[case]) for case in first), "all ranks of a model must agree"
     return every_case(0, folders, [one_layout]) | first
 
 
 @pytest.mark.parametrize("tie", TIES, ids=["untied", "tied"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", EVERY_LAYOUT)
 def test_teacher_logits_equal_those_of_transformers(folders, results, name, tie):
     with torch.no_grad():
         expected = load_reference(folders[tie])(input_ids=token_ids(1)).logits
@@ -87,7 +92,7 @@ def test_teacher_logits_equal_those_of_transformers(folders, results, name, tie)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tie", TIES, ids=["untied", "tied"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", EVERY_LAYOUT)
 def test_student_logits_of_both_streams_equal_one_masked_sequence_of_transformers(
     folders, results, name, tie, backend, block_size
 ):

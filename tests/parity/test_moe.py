@@ -18,11 +18,20 @@ from tests.references import load_reference, two_stream_logits
 from tests.tiny_moe import make_tiny_moe
 from tests.tiny_qwen3 import make_tiny_qwen3
 from tests.tiny_relatives import edit_json
-from tests.worlds import EXPERT_LAYOUTS, LAYOUTS, gathered_logits, layout, load_student, load_teacher, tiny_config
+from tests.worlds import (
+    EXPERT_LAYOUTS,
+    LAYOUTS,
+    PIPELINE_LAYOUTS,
+    gathered_logits,
+    layout,
+    load_student,
+    load_teacher,
+    tiny_config,
+)
 
 TOLERANCE = 1e-4
 LENGTHS_B = torch.tensor([12, 8])
-LAYOUTS_OF_TWO = {"sequence parallel 2": LAYOUTS["sequence parallel 2"]} | {
+LAYOUTS_OF_TWO = {"sequence parallel 2": LAYOUTS["sequence parallel 2"], "2 stages": PIPELINE_LAYOUTS["2 stages"]} | {
     name: EXPERT_LAYOUTS[name]
     for name in (
         "experts over 2",
@@ -30,7 +39,10 @@ LAYOUTS_OF_TWO = {"sequence parallel 2": LAYOUTS["sequence parallel 2"]} | {
         "sequence parallel 2, whole experts over 2",
     )
 }
-LAYOUTS_OF_FOUR = {name: EXPERT_LAYOUTS[name] for name in ("experts over 4", "sequence parallel 2, experts over 2")}
+LAYOUTS_OF_FOUR = {
+    name: EXPERT_LAYOUTS[name]
+    for name in ("experts over 4", "sequence parallel 2, experts over 2", "2 stages, experts over 2")
+}
 EVERY_LAYOUT = ["one process", *LAYOUTS_OF_TWO, *LAYOUTS_OF_FOUR]
 MODELS = {"normalised": {"seed": 1}, "not normalised": {"seed": 2, "norm_topk_prob": False}}
 MASK_TOKEN = "<|MASK|>"

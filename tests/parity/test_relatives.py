@@ -18,12 +18,15 @@ from tests.ranks import run_on_ranks
 from tests.references import load_reference, two_stream_logits
 from tests.tiny_qwen3 import make_tiny_qwen3
 from tests.tiny_relatives import MASK_TOKEN, edit_json, make_tiny_qwen2, make_tiny_sdar
-from tests.worlds import LAYOUTS, gathered_logits, layout, load_student, load_teacher, tiny_config
+from tests.worlds import LAYOUTS, PIPELINE_LAYOUTS, gathered_logits, layout, load_student, load_teacher, tiny_config
 
 TOLERANCE = 1e-4
 LENGTHS_B = torch.tensor([12, 8])
 TEACHERS = ("Qwen2.5", "Qwen2.5, tied")
 STUDENTS = (*TEACHERS, "SDAR")
+EVERY_LAYOUT = LAYOUTS | {"2 stages": PIPELINE_LAYOUTS["2 stages"]}
+CONVERTING = ("tensor parallel 1", "tensor parallel 2")
+"""Layouts under which checkpoints are written."""
 
 
 def token_ids() -> torch.Tensor:
@@ -60,8 +63,8 @@ def every_case(rank: int, folders: dict[str, Path], layouts: list[str], root: Pa
         for role, models in (("student", STUDENTS), ("teacher", TEACHERS)):
             for model in models:
                 logits = student_logits if role == "student" else teacher_logits
-                results[name, model, role] = logits(folders[model], LAYOUTS[name])
-                if not LAYOUTS[name].sequence_parallel:
+                results[name, model, role] = logits(folders[model], EVERY_LAYOUT[name])
+                if name in CONVERTING:
                     with layout(LAYOUTS[name]):
                         hf_to_megatron(
                             str(folders[model]),
@@ -91,7 +94,7 @@ def folders(root) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def results(root, folders, world_of_one) -> dict[tuple, torch.Tensor]:
-    one_layout, *two_layouts = LAYOUTS
+    one_layout, *two_layouts = EVERY_LAYOUT
     return every_case(0, folders, [one_layout], root) | run_on_ranks(every_case, 2, folders, two_layouts, root)[0]
 
 
@@ -100,7 +103,7 @@ def reference_of(folders: dict[str, Path], model: str):
 
 
 @pytest.mark.parametrize("model", TEACHERS)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", EVERY_LAYOUT)
 def test_teacher_logits_equal_those_of_transformers(folders, results, name, model):
     with torch.no_grad():
         expected = reference_of(folders, model)(input_ids=token_ids()).logits
@@ -108,7 +111,7 @@ def test_teacher_logits_equal_those_of_transformers(folders, results, name, mode
 
 
 @pytest.mark.parametrize("model", STUDENTS)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", EVERY_LAYOUT)
 def test_student_logits_of_both_streams_equal_one_masked_sequence_of_transformers(folders, results, name, model):
     actual, mask_token_id = results[name, model, "student"]
     with torch.no_grad():
@@ -120,7 +123,7 @@ def test_student_logits_of_both_streams_equal_one_masked_sequence_of_transformer
 @pytest.mark.parametrize(
     ("role", "model"), [("student", model) for model in STUDENTS] + [("teacher", model) for model in TEACHERS]
 )
-@pytest.mark.parametrize("name", ["tensor parallel 1", "tensor parallel 2"])
+@pytest.mark.parametrize("name", CONVERTING)
 def test_there_and_back_is_bit_exact(folders, results, root, tmp_path, name, role, model):
     from megatron_opdlm.checkpointing.conversion import megatron_to_hf
 
