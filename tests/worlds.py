@@ -125,8 +125,8 @@ def run_trainer(config: Config) -> tuple[list[dict[str, float]], dict[tuple[int,
     steps, trajectories = [], {}
     one_step, generate = trainer._one_step, trainer.engine.generate
 
-    def noting_generate(tasks, step):
-        made = generate(tasks, step)
+    def noting_generate(tasks, step, *threshold):
+        made = generate(tasks, step, *threshold)
         trajectories.update({(step, t.prompt_id, t.sample_index): t.to_json() for t in made})
         return made
 

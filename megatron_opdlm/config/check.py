@@ -23,6 +23,7 @@ from megatron_opdlm.config.schema import (
     ParallelConfig,
     PrecisionConfig,
     RolloutConfig,
+    StatesConfig,
     TrainingConfig,
 )
 
@@ -32,8 +33,10 @@ def check_config(config: Config, world_size: int | None) -> None:
     _check_models(config)
     _check_parallel(config.parallel)
     _check_rollout(config.rollout)
+    _check_states(config.states)
     _check_divergence(config.divergence)
     _check_curricula(config.curricula)
+    _check_threshold_curriculum(config.curricula, config.rollout)
     _check_optimizer(config.optimizer)
     _check_training(config.training, config.rollout)
     _check_intervals(config.checkpoint, config.evaluation)
@@ -179,6 +182,14 @@ def _check_sampling(rollout: RolloutConfig) -> None:
         _at_least(0, "rollout", stop_token_ids=token_id)
 
 
+def _check_states(states: StatesConfig) -> None:
+    _at_least(1, "states", shrink=states.shrink)
+    _require(
+        states.shrink == 1 or states.selection == "all_steps",
+        f"states.shrink ({states.shrink}) needs states.selection ({states.selection}) to be all_steps",
+    )
+
+
 def _check_divergence(divergence: DivergenceConfig) -> None:
     _at_least(0, "divergence", top_k=divergence.top_k)
     _at_least(1, "divergence", chunk_size=divergence.chunk_size)
@@ -187,6 +198,18 @@ def _check_divergence(divergence: DivergenceConfig) -> None:
 def _check_curricula(curricula: CurriculaConfig) -> None:
     _at_least(1, "curricula", length_start=curricula.length_start)
     _at_least(0, "curricula", length_ramp_steps=curricula.length_ramp_steps)
+
+
+def _check_threshold_curriculum(curricula: CurriculaConfig, rollout: RolloutConfig) -> None:
+    start, strategy = curricula.threshold_start, rollout.remasking_strategy
+    hold, ramp = curricula.threshold_hold_steps, curricula.threshold_ramp_steps
+    _at_least(0, "curricula", threshold_hold_steps=hold, threshold_ramp_steps=ramp)
+    _require(start is None or 0 <= start <= 1, f"curricula.threshold_start ({start}) must lie between 0 and 1")
+    _require(
+        start is None or strategy == "low_confidence_dynamic",
+        f"curricula.threshold_start ({start}) needs rollout.remasking_strategy ({strategy}) to be "
+        "low_confidence_dynamic, which alone has a threshold",
+    )
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 RemaskingStrategy = Literal["low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"]
 LogitShift = Literal["none", "next_token"]
 CurriculumShape = Literal["linear", "sine", "cosine"]
+StateSelection = Literal["one_per_block", "all_steps", "random_mask"]
 Fp8Recipe = Literal["off", "delayed", "tensorwise", "blockwise"]
 Recompute = Literal["none", "selective", "full"]
 
@@ -179,6 +180,18 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StatesConfig:
+    """Which partly masked views of what the student wrote it is trained in."""
+
+    selection: StateSelection = "one_per_block"
+    """`one_per_block`: of each block one of the states it was decoded through, at random; all blocks of a response in
+    one row. `all_steps`: all of these states, in up to `rollout.denoising_steps_per_block` rows per response.
+    `random_mask`: masks at random, whatever the student visited, as an ablation: not on-policy."""
+    shrink: int = 1
+    """`all_steps` takes only every so manyth denoising step of a block, from its first one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DivergenceConfig:
     """Forward KL, KL(teacher || student), at each trained position."""
 
@@ -199,6 +212,12 @@ class CurriculaConfig:
     """Steps until the full length is reached."""
     length_shape: CurriculumShape = "linear"
     """linear: p; sine: sin(pi p / 2); cosine: 1 - cos(pi p / 2)."""
+    threshold_start: float | None = None
+    """`rollout.dynamic_threshold` at the first step; null for no threshold curriculum."""
+    threshold_hold_steps: int = 0
+    """Steps that it holds, before it goes to its full value in a straight line."""
+    threshold_ramp_steps: int = 100
+    """Steps that it takes from there to its full value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +257,8 @@ class TrainingConfig:
     num_prompts_per_step: int = 128
     """Prompts rolled out per step, over all data-parallel ranks."""
     global_batch_size: int = 8
-    """Rows per optimizer step, over all data-parallel ranks."""
+    """Responses per optimizer step, over all data-parallel ranks. Each is a row or, with `states.selection` all_steps,
+    several."""
     micro_batch_size: int = 1
     """Rows per forward and backward on one rank."""
     recompute: Recompute = "none"
@@ -302,6 +322,7 @@ class Config:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    states: StatesConfig = field(default_factory=StatesConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     curricula: CurriculaConfig = field(default_factory=CurriculaConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -1,13 +1,18 @@
 """The states the student is trained in: partly masked views of the trajectories it decoded itself.
 
-For each block that holds response tokens one of its realised denoising steps `r` is drawn uniformly. The state shows
-the tokens committed before `r` (and the prompt's) and masks the rest of the block, which is exactly what the student
-saw when it took step `r`. A noisy token sees the clean tokens of the blocks before its own, so all blocks of a
-sequence are trained in one forward. A row's draws come from its own generator (`randomness`), so its state does not
-depend on which rows share its batch.
+By default one of the realised denoising steps `r` of each block that holds response tokens is drawn uniformly. The
+state shows the tokens committed before `r` (and the prompt's) and masks the rest of the block, which is exactly what
+the student saw when it took step `r`. A noisy token sees the clean tokens of the blocks before its own, so all blocks
+of a sequence are trained in one forward. The other choices of `states.selection` are in `state_selections`. A
+trajectory's draws come from its own generator (`randomness`), so its states do not depend on which share its batch.
 
 Trained are the masked response positions before the first end token. The end token itself, what follows it in the
 last block, what lies beyond the length limit and the padding are not.
+
+A selection may give several rows per trajectory. All trajectories then give equally many, so that every global batch
+and every rank has as many rows: where a trajectory has fewer states, the rest mask and train nothing. The first row is
+the whole sequence. Further rows end behind their last trained block, which loses nothing, since no token sees a later
+block; a row without one is the first block alone, and costs little.
 
 Example: 2 prompt tokens, blocks of 4, end token 9, mask token 0. Block 0 has only step 1 to draw; in block 1 this
 seed draws step 2: the token of step 1 is visible, and token 4 is masked but follows the end token.
@@ -41,14 +46,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from megatron_opdlm.config.schema import StatesConfig
 from megatron_opdlm.diffusion.blocks import round_up_to_grid
 from megatron_opdlm.diffusion.randomness import sequence_generator
-from megatron_opdlm.diffusion.trajectory import Trajectory, sort_steps
+from megatron_opdlm.diffusion.state_selections import Masks, select_masks
+from megatron_opdlm.diffusion.trajectory import Trajectory
+
+ONE_PER_BLOCK = StatesConfig()
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +77,16 @@ class OnPolicyStates:
     """bool: committed in the drawn step, a subset of the masked. Where also trained, the on-policy gap is measured."""
     log_probs_BT: torch.Tensor
     """float32: the rollout's log-probability at response positions, 0 elsewhere."""
+    is_first_row_B: torch.Tensor = None
+    """bool: the row that counts its trajectory. Left out: every row, each being all of its trajectory."""
+    num_trained_by_trajectory_B: torch.Tensor = None
+    """int64: trained positions of the row's trajectory, over all its rows. Left out: those of the row."""
 
     def __post_init__(self) -> None:
+        if self.is_first_row_B is None:
+            object.__setattr__(self, "is_first_row_B", torch.ones_like(self.lengths_B, dtype=torch.bool))
+        if self.num_trained_by_trajectory_B is None:
+            object.__setattr__(self, "num_trained_by_trajectory_B", self.num_trained_B)
         for name, tensor in self._tensors():
             expected = self.clean_ids_BT.shape if name.endswith("_BT") else self.clean_ids_BT.shape[:1]
             assert tensor.shape == expected, f"{name} is {tuple(tensor.shape)}, not {tuple(expected)}"
@@ -105,14 +123,20 @@ class OnPolicyStates:
         # A negative count trims. Padding is neither attended nor trained, so any valid token id will do: 0.
         return self._map(lambda name, tensor: pad(tensor, (0, missing)) if name.endswith("_BT") else tensor)
 
-    def loss_weights_BT(self, num_rows_in_global_batch: int) -> torch.Tensor:
+    @property
+    def num_trajectories(self) -> int:
+        """Trajectories that these rows count."""
+        return int(self.is_first_row_B.sum())
+
+    def loss_weights_BT(self, num_trajectories_in_global_batch: int) -> torch.Tensor:
         """float32 [B, T]: weights under which a sum over the global batch is the loss of the method.
 
-        `sum(weights * divergence)` is the mean over a row's trained positions, then the mean over the rows of the
-        global batch, however those are split into micro-batches and over ranks. A row without trained positions adds
-        nothing, but counts as a row.
+        `sum(weights * divergence)` is the mean over a trajectory's trained positions, of all its rows together, then
+        the mean over the trajectories of the global batch, however their rows are split into micro-batches and over
+        ranks. A trajectory without trained positions adds nothing, but counts. With several rows per trajectory a late
+        row, in which few blocks have a state left, weighs as little as it has trained positions.
         """
-        divisor_B = self.num_trained_B.clamp(min=1) * num_rows_in_global_batch
+        divisor_B = self.num_trained_by_trajectory_B.clamp(min=1) * num_trajectories_in_global_batch
         return self.is_trained_BT.float() / divisor_B[:, None]
 
     def _tensors(self) -> list[tuple[str, torch.Tensor]]:
@@ -124,7 +148,9 @@ class OnPolicyStates:
 
 def select_states(
     trajectories: Sequence[Trajectory],
+    settings: StatesConfig = ONE_PER_BLOCK,
     *,
+    num_rows: int = 1,
     block_size: int,
     mask_token_id: int,
     end_token_ids: Sequence[int],
@@ -132,10 +158,12 @@ def select_states(
     seed: int,
     step: int,
 ) -> OnPolicyStates:
-    """One state per block of every trajectory (`one_per_block`), one row per trajectory, in their order.
+    """The states of every trajectory, `num_rows` rows each; the rows of a trajectory stand together.
 
     Args:
         trajectories: at least one, all decoded with this `block_size`.
+        settings: which states.
+        num_rows: `rows_per_trajectory` of these settings.
         block_size: K of the absolute grid.
         mask_token_id: what masked positions hold.
         end_token_ids: every token that ends a response, as in the rollout.
@@ -144,13 +172,15 @@ def select_states(
     """
     assert trajectories, "states of no trajectory at all"
     end_ids = torch.tensor(list(end_token_ids), dtype=torch.int64)
-    rows = []
+    rows: list[_Row] = []
     for trajectory in trajectories:
         assert trajectory.block_size == block_size, f"decoded in blocks of {trajectory.block_size}, not {block_size}"
         numbers = (seed, step, trajectory.prompt_id, trajectory.sample_index)
         generator = sequence_generator(*numbers, purpose="states")
-        rows.append(_select_row(trajectory, mask_token_id, end_ids, generator))
+        masks = select_masks(trajectory.steps_by_block_MK, settings, num_rows=num_rows, generator=generator)
+        rows += _rows_of(trajectory, masks, mask_token_id, end_ids)
     clean, noisy, is_trained, is_committed, log_probs = zip(*rows, strict=True)
+    by_trajectory_NR = torch.tensor([int(row.is_trained_T.sum()) for row in rows]).view(-1, num_rows)
     return OnPolicyStates(
         clean_ids_BT=pad_sequence(clean, batch_first=True, padding_value=pad_token_id),
         noisy_ids_BT=pad_sequence(noisy, batch_first=True, padding_value=pad_token_id),
@@ -158,42 +188,42 @@ def select_states(
         is_trained_BT=pad_sequence(is_trained, batch_first=True),
         is_committed_BT=pad_sequence(is_committed, batch_first=True),
         log_probs_BT=pad_sequence(log_probs, batch_first=True),
+        is_first_row_B=torch.arange(len(rows)) % num_rows == 0,
+        num_trained_by_trajectory_B=by_trajectory_NR.sum(dim=1).repeat_interleave(num_rows),
     )
 
 
-def _select_row(
-    trajectory: Trajectory, mask_token_id: int, end_ids: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, ...]:
-    """Clean ids, noisy ids, trained, committed and log-probabilities of one trajectory, each [T]."""
-    steps_MK = trajectory.steps_by_block_MK
-    drawn_M1 = draw_realised_steps(steps_MK, generator)[:, None]
+class _Row(NamedTuple):
+    """The tensors `[T]` of one row."""
+
+    clean_ids_T: torch.Tensor
+    noisy_ids_T: torch.Tensor
+    is_trained_T: torch.Tensor
+    is_committed_T: torch.Tensor
+    log_probs_T: torch.Tensor
+
+
+def _rows_of(trajectory: Trajectory, masks: Masks, mask_token_id: int, end_ids: torch.Tensor) -> list[_Row]:
+    """The rows of one trajectory: the first one whole, the others cut behind their last trained block."""
     num_prompt, num_response = trajectory.prompt_length, len(trajectory.step_map_R)
-    # Prompt tokens have step 0, which comes before every drawn step: they are visible without a rule of their own.
-    is_masked_R = (steps_MK >= drawn_M1).flatten()[-num_response:]
-    is_committed_R = (steps_MK == drawn_M1).flatten()[-num_response:]
     clean_T = trajectory.terminal_ids_T
-    noisy_R = clean_T[num_prompt:].masked_fill(is_masked_R, mask_token_id)
     # The prompt may hold end tokens too (a chat template writes them), so only the response is looked at.
     is_before_end_R = torch.isin(clean_T[num_prompt:], end_ids).cumsum(dim=0) == 0
-    is_counted_R = torch.arange(num_response) < trajectory.response_length
-    return (
-        clean_T,
-        torch.cat([clean_T[:num_prompt], noisy_R]),
-        pad(is_masked_R & is_before_end_R & is_counted_R, (num_prompt, 0)),
-        pad(is_committed_R, (num_prompt, 0)),
-        pad(trajectory.log_probs_R, (num_prompt, 0)),
-    )
+    is_counted_R = is_before_end_R & (torch.arange(num_response) < trajectory.response_length)
+    log_probs_T = pad(trajectory.log_probs_R, (num_prompt, 0))
+    rows = []
+    for place, (is_masked_MK, is_committed_MK) in enumerate(zip(*masks, strict=True)):
+        is_masked_T = pad(is_masked_MK.flatten()[-num_response:], (num_prompt, 0))
+        is_committed_T = pad(is_committed_MK.flatten()[-num_response:], (num_prompt, 0))
+        is_trained_T = is_masked_T & pad(is_counted_R, (num_prompt, 0))
+        noisy_T = clean_T.masked_fill(is_masked_T, mask_token_id)
+        row = _Row(clean_T, noisy_T, is_trained_T, is_committed_T, log_probs_T)
+        rows.append(row if place == 0 else _cut(row, trajectory.block_size))
+    return rows
 
 
-def draw_realised_steps(steps_MK: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One of the realised denoising steps of each block, uniformly, int64 [M].
-
-    Args:
-        steps_MK: int64 [M, K], as `Trajectory.steps_by_block_MK`; every block has a step above 0.
-    """
-    sorted_MK, is_realised_MK = sort_steps(steps_MK)
-    num_realised_M = is_realised_MK.sum(dim=1)
-    uniform_M = torch.rand(len(steps_MK), generator=generator, dtype=torch.float64)
-    choice_M = (uniform_M * num_realised_M).long()
-    is_chosen_MK = is_realised_MK & (is_realised_MK.cumsum(dim=1) == choice_M[:, None] + 1)
-    return sorted_MK[is_chosen_MK]
+def _cut(row: _Row, block_size: int) -> _Row:
+    """The row up to its last block with a trained position; its first block if there is none."""
+    trained = row.is_trained_T.nonzero()
+    last = int(trained[-1]) if len(trained) else 0
+    return _Row(*(tensor[: round_up_to_grid(last + 1, block_size)] for tensor in row))

@@ -25,18 +25,19 @@ def distillation_loss(
     divergence: DivergenceConfig,
     rollout: RolloutConfig,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The sum over rows of the mean divergence over each row's trained positions, and sums for the metrics.
+    """The sum over trajectories of the mean divergence over each one's trained positions, and sums for the metrics.
 
     `student_hidden_TBH` holds the clean rows, then the noisy ones. Ranks that share sequences each have the hidden
-    states of their part, and the states of all positions. Each adds up what its part contributes to a row's mean, and
-    the first one counts the row, so sums over these ranks are those of whole rows. Megatron divides by the number of
-    rows of the global batch. All ranks of the tensor-parallel group of the last pipeline stage must call it with the
-    same states.
+    states of their part, and the states of all positions. Each adds up what its part contributes to a mean, and the
+    first one counts the trajectory, so sums over these ranks are those of whole rows. Megatron divides by the number of
+    trajectories of the global batch. All ranks of the tensor-parallel group of the last pipeline stage must call it
+    with the same states.
     """
     clean_BTH, noisy_BTH = student.whole_sequence(student_hidden_TBH).transpose(0, 1).chunk(2)
     hidden_BTH = predicting_outputs_of_streams(clean_BTH, noisy_BTH, rollout.block_size, rollout.logit_shift)
     columns = student.context.columns(states.clean_ids_BT.shape[1])
-    weights_BT, num_rows = states.loss_weights_BT(1)[:, columns], states.num_rows if student.context.is_first else 0
+    weights_BT = states.loss_weights_BT(1)[:, columns]
+    num_trajectories = states.num_trajectories if student.context.is_first else 0
     states = states.columns(columns)
     is_trained_BT = states.is_trained_BT
     result = forward_kl_loss(
@@ -54,7 +55,7 @@ def distillation_loss(
     gaps_N = (result.student_log_prob_N - states.log_probs_BT[is_trained_BT]).abs()
     sums = {
         "loss": result.loss.detach().clone(),  # Megatron's schedule scales the loss in place
-        "rows": torch.tensor(float(num_rows)),
+        "rows": torch.tensor(float(num_trajectories)),
         "trained_tokens": is_trained_BT.sum().float(),
         "agreements": result.agrees_N.sum().float(),
         "committed_tokens": is_committed_N.sum().float(),

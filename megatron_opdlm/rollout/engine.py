@@ -11,7 +11,7 @@ The data-parallel ranks share the work (`rollout.work_queue`): who decodes a tas
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -77,15 +77,19 @@ class RolloutEngine:
         return items[self._place :: self._num_shares]
 
     @torch.no_grad()
-    def generate(self, tasks: list[RolloutTask], step: int) -> list[Trajectory]:
+    def generate(self, tasks: list[RolloutTask], step: int, dynamic_threshold: float | None = None) -> list[Trajectory]:
         """One trajectory for each of `share(tasks)`, in their order.
+
+        `dynamic_threshold` takes the place of `rollout.dynamic_threshold` in this call.
 
         All ranks must call it with the same tasks; without `groups` those of a tensor- and of a pipeline-parallel
         group, and ranks that share experts with any tasks, also none. ValueError if the cache cannot hold the longest.
         """
         queue = WorkQueue([len(task.prompt.token_ids) + task.max_new_tokens for task in tasks], self._group)
         requests = [self._request(index, task, step) for index, task in enumerate(tasks)]
-        generation = Generation(self.model, self.rollout, self.special, requests, queue, self.show_progress)
+        threshold = self.rollout.dynamic_threshold if dynamic_threshold is None else dynamic_threshold
+        rollout = replace(self.rollout, dynamic_threshold=threshold)
+        generation = Generation(self.model, rollout, self.special, requests, queue, self.show_progress)
         finished = generation.run()
         self.statistics = generation.statistics
         return [trajectory for _, trajectory in sorted(self._bring_home(finished).items())]

@@ -55,7 +55,7 @@ class TokenImbalance:
 
 
 def balance_rows(
-    states: OnPolicyStates, training: TrainingConfig, group: dist.ProcessGroup
+    states: OnPolicyStates, training: TrainingConfig, group: dist.ProcessGroup, rows_per_trajectory: int = 1
 ) -> tuple[OnPolicyStates, list[TokenImbalance]]:
     """This rank's rows of a step after they were dealt out, and the imbalance of each global batch.
 
@@ -64,7 +64,7 @@ def balance_rows(
     `training.balance_rows` every row stays where it is.
     """
     lengths_WB = _gather_lengths(states.lengths_B, group)
-    batches = lengths_WB.split(training.global_batch_size // group.size(), dim=1)
+    batches = lengths_WB.split(training.global_batch_size * rows_per_trajectory // group.size(), dim=1)
     destinations, imbalances = zip(*(_deal_out(batch_WB, training) for batch_WB in batches), strict=True)
     destination_WB = torch.cat(destinations, dim=1)
     if not destination_WB.equal(_home(lengths_WB)):

@@ -1,7 +1,7 @@
 """What a training step tells: quality of the rollout, loss, costs; and totals over the run.
 
 metrics = StepMetrics(student_architecture, teacher_architecture, groups)
-metrics.of_step(trajectories, step_sums, timers.seconds(), lr=1e-5, length_limit=256)     # {"train/loss": ...}
+metrics.of_step(trajectories, states, step_sums, timers.seconds(), lr=1e-5, length_limit=256, dynamic_threshold=0.9)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_opdlm.diffusion.states import OnPolicyStates
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.models.qwen3 import Qwen3Architecture
 from megatron_opdlm.observability import throughput
@@ -31,24 +32,28 @@ class StepMetrics:
     def of_step(
         self,
         trajectories: list[Trajectory],
+        states: OnPolicyStates,
         step_sums: list[dict[str, float]],
         seconds: dict[str, float],
         *,
         lr: float,
         length_limit: int,
+        dynamic_threshold: float,
         imbalances: Sequence[TokenImbalance] = (),
         rollout_metrics: MetricAccumulator | None = None,
         max_expert_load: float | None = None,
     ) -> dict[str, float]:
         """The metrics of one step. All ranks must call it: it gathers over the data- and context-parallel group.
 
-        `step_sums` has, for each optimizer step, what `TrainStep` returned; `seconds` are this rank's own.
+        `states` are this rank's rows, whichever rank rolled them out. `step_sums` has, for each optimizer step, what
+        `TrainStep` returned; `seconds` are this rank's own.
         `imbalances` has those of the global batches, the same on all ranks; without them there is no figure of it.
         `rollout_metrics` are this rank's `RolloutStatistics.metrics`; `max_expert_load` is `ExpertLoad.take`.
         """
         local = MetricAccumulator()
         for trajectory in trajectories:
             self._add_trajectory(local, trajectory)
+        local.add_sum("perf/true_flops", self._learning_flops(states, trajectories[0].block_size))
         for sums in step_sums:
             _add_sums(local, sums)
         for imbalance in imbalances:
@@ -58,7 +63,7 @@ class StepMetrics:
             local.add("moe/max_expert_load", max_expert_load)
         # Ranks that share sequences have the same trajectories, but each has decoded some of its own.
         values = _of_all(local, self.groups.dp) | _of_all(rollout_metrics or MetricAccumulator(), self.groups.dp_cp)
-        values |= {"train/lr": lr, "rollout/length_limit": length_limit}
+        values |= {"train/lr": lr, "rollout/length_limit": length_limit, "rollout/dynamic_threshold": dynamic_threshold}
         values |= {f"perf/seconds_{phase}": value for phase, value in seconds.items()}
         values["perf/paper_flops"] = throughput.paper_flops(
             self.student_parameters, self.teacher_parameters, int(values["rollout/tokens"])
@@ -83,22 +88,24 @@ class StepMetrics:
         metrics.add("rollout/response_length", trajectory.response_length)
         metrics.add("rollout/end_token_fraction", trajectory.stop_reason == "end_token")
         metrics.add_sum("rollout/tokens", trajectory.response_length)
-        metrics.add_sum("perf/true_flops", self._true_flops(trajectory))
+        metrics.add_sum("perf/true_flops", self._rollout_flops(trajectory))
 
-    def _true_flops(self, trajectory: Trajectory) -> int:
-        """Rollout, teacher and student's training of one sequence; every counted token taken as trained."""
-        num_tokens, block_size = len(trajectory.terminal_ids_T), trajectory.block_size
+    def _rollout_flops(self, trajectory: Trajectory) -> int:
         steps_by_block = trajectory.steps_by_block_MK
-        return (
-            throughput.rollout_flops(
-                self.student,
-                trajectory.prompt_length,
-                steps_by_block.amax(1).tolist(),
-                int(steps_by_block.sum()),
-                block_size,
-            )
-            + throughput.teacher_flops(self.teacher, num_tokens, trajectory.response_length)
-            + throughput.student_training_flops(self.student, num_tokens, trajectory.response_length, block_size)
+        return throughput.rollout_flops(
+            self.student,
+            trajectory.prompt_length,
+            steps_by_block.amax(1).tolist(),
+            int(steps_by_block.sum()),
+            trajectory.block_size,
+        )
+
+    def _learning_flops(self, states: OnPolicyStates, block_size: int) -> int:
+        """The teacher's forward over each row and the student's training on it, without padding."""
+        return sum(
+            throughput.teacher_flops(self.teacher, num_tokens, num_trained)
+            + throughput.student_training_flops(self.student, num_tokens, num_trained, block_size)
+            for num_tokens, num_trained in zip(states.lengths_B.tolist(), states.num_trained_B.tolist(), strict=True)
         )
 
 

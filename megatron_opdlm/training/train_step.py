@@ -1,8 +1,9 @@
 """One optimizer step: teacher's forward, student's forward and backward over the micro-batches of a global batch.
 
-The gradient is that of (1 / rows) * sum over the rows of the global batch of each row's mean divergence. Every
-micro-batch hands Megatron the sum over its rows together with their number, and Megatron divides once by the total over
-all micro-batches, data- and context-parallel ranks, so the split changes nothing but rounding.
+The gradient is that of the mean over the trajectories of the global batch of each one's mean divergence. Every
+micro-batch hands Megatron the sum over its rows together with the number of trajectories that they count, and Megatron
+divides once by the total over all micro-batches, data- and context-parallel ranks, so the split changes nothing but
+rounding.
 """
 
 from __future__ import annotations

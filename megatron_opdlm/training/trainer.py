@@ -31,6 +31,7 @@ from megatron_opdlm.config.load import save_config
 from megatron_opdlm.config.schema import Config
 from megatron_opdlm.data.prompts import Prompt, read_prompts
 from megatron_opdlm.data.sampler import PromptStream
+from megatron_opdlm.diffusion.state_selections import rows_per_trajectory
 from megatron_opdlm.diffusion.states import OnPolicyStates, select_states
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.models.fp8 import load_scaling_state, scaling_state
@@ -42,7 +43,7 @@ from megatron_opdlm.parallel.initialize import initialize
 from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
 from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
 from megatron_opdlm.training.balance import balance_rows
-from megatron_opdlm.training.curricula import domain_limit, max_new_tokens_at
+from megatron_opdlm.training.curricula import domain_limit, dynamic_threshold_at, max_new_tokens_at
 from megatron_opdlm.training.expert_load import ExpertLoad
 from megatron_opdlm.training.optimizer import learning_rate, make_trainable, parameter_count, wait_for_weights
 from megatron_opdlm.training.step_metrics import StepMetrics
@@ -120,22 +121,27 @@ class Trainer:
         """The algorithm: a rollout, its states, one optimizer step per global batch."""
         with self.timers.phase("total"):
             limit = max_new_tokens_at(self.step, self.config.curricula, self.config.rollout)
+            threshold = dynamic_threshold_at(self.step, self.config.curricula, self.config.rollout)
             tasks = self._tasks(self.prompt_stream.next_batch(), limit)
             with self.timers.phase("rollout"):
-                trajectories = self.engine.generate(tasks, self.step)
+                trajectories = self.engine.generate(tasks, self.step, threshold)
             states = self._select_states(trajectories)
             with self.timers.phase("balance"):
-                states, imbalances = balance_rows(states, self.config.training, self.groups.dp)
+                states, imbalances = balance_rows(
+                    states, self.config.training, self.groups.dp, self._rows_per_trajectory
+                )
             step_sums = [self.train_step(micro_batches) for micro_batches in self._global_batches(states)]
             wait_for_weights(self.student)
         seconds = self.timers.seconds()  # and those for which a checkpoint after the step before held up the training
         self.timers.reset()
         return self.metrics.of_step(
             trajectories,
+            states,
             step_sums,
             seconds,
             lr=learning_rate(self.student),
             length_limit=limit,
+            dynamic_threshold=threshold,
             imbalances=imbalances,
             rollout_metrics=self.engine.statistics.metrics(),
             max_expert_load=self.expert_load.take(),
@@ -159,9 +165,15 @@ class Trainer:
         """Of a step, over all data-parallel ranks."""
         return self.config.training.num_prompts_per_step * self.config.rollout.num_responses_per_prompt
 
+    @property
+    def _rows_per_trajectory(self) -> int:
+        return rows_per_trajectory(self.config.states, self.config.rollout.denoising_steps_per_block)
+
     def _select_states(self, trajectories: list[Trajectory]) -> OnPolicyStates:
         return select_states(
             trajectories,
+            self.config.states,
+            num_rows=self._rows_per_trajectory,
             block_size=self.config.rollout.block_size,
             mask_token_id=self.special.mask_token_id,
             end_token_ids=self.special.end_token_ids,
@@ -173,7 +185,7 @@ class Trainer:
     def _global_batches(self, states: OnPolicyStates) -> list[list[OnPolicyStates]]:
         """This rank's rows of each global batch as micro-batches of rows of similar length, on the device."""
         training = self.config.training
-        rows_per_step = training.global_batch_size // self.groups.dp.size()
+        rows_per_step = training.global_batch_size * self._rows_per_trajectory // self.groups.dp.size()
         batches = []
         for begin in range(0, states.num_rows, rows_per_step):
             rows = states.rows(slice(begin, begin + rows_per_step))
@@ -260,7 +272,7 @@ class Trainer:
             self.groups.pp.size(),
         )
         logger.info(
-            "%d responses a step / %d data-parallel ranks = %d per rank; %d optimizer steps of %d rows",
+            "%d responses a step / %d data-parallel ranks = %d per rank; %d optimizer steps of %d responses",
             self._num_responses,
             ranks,
             self._num_responses // ranks,

@@ -20,6 +20,7 @@ from megatron_opdlm.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
+    StatesConfig,
     TrainingConfig,
 )
 from tests.references import load_reference, two_stream_logits
@@ -40,6 +41,13 @@ CASES = {
     "shifted logits": {"micro_batch_size": 2, "logit_shift": "next_token"},
     "shifted logits, tied, aten": {"micro_batch_size": 1, "logit_shift": "next_token", "tie": True, "backend": "aten"},
     "teacher in host memory": {"micro_batch_size": 2, "offload": True},
+    "all steps": {"micro_batch_size": 2, "states": {"selection": "all_steps"}},
+    "all steps, shifted logits, one row at a time": {
+        "micro_batch_size": 1,
+        "states": {"selection": "all_steps", "shrink": 2},
+        "logit_shift": "next_token",
+    },
+    "random masks": {"micro_batch_size": 4, "states": {"selection": "random_mask"}},
     "tied, recompute": {"micro_batch_size": 2, "tie": True, "recompute": "full"},
 }
 Gradients = dict[str, torch.Tensor]
@@ -84,7 +92,8 @@ def make_trainer(folders: dict, root: Path, case: dict):
         logging=LoggingConfig(directory=str(root / "run")),
     )
     teacher = dataclasses.replace(config.teacher, offload=case.get("offload", False))
-    return Trainer(dataclasses.replace(config, teacher=teacher))
+    states = StatesConfig(**case.get("states", {}))
+    return Trainer(dataclasses.replace(config, teacher=teacher, states=states))
 
 
 def roll_out_states(trainer):
@@ -108,22 +117,22 @@ def megatron_gradients(trainer, states) -> tuple[Gradients, dict[str, float]]:
 
 
 def literal_gradients(student, teacher, states, special, logit_shift: str = "none") -> tuple[Gradients, float]:
-    """Mean over rows of the mean over trained positions of KL(teacher || student), mask token left out."""
+    """Mean over trajectories of the mean over trained positions of KL(teacher || student), mask token left out."""
     teacher_BTV = teacher(input_ids=states.clean_ids_BT).logits.detach()
     clean_BTV, noisy_BTV = two_stream_logits(student, states.clean_ids_BT, states.noisy_ids_BT, states.lengths_B, 4)
     num_tokens = min(teacher_BTV.shape[-1], noisy_BTV.shape[-1])
     live = [token for token in range(num_tokens) if token != special.mask_token_id]
-    row_means = []
+    by_trajectory: list[list[torch.Tensor]] = []
     for row, is_trained_T in enumerate(states.is_trained_BT):
-        divergences = []
+        if states.is_first_row_B[row]:
+            by_trajectory.append([])
         for position in is_trained_T.nonzero()[:, 0].tolist():
             log_p = teacher_BTV[row, position - 1, live].log_softmax(0)
             shift = 1 if logit_shift == "next_token" else 0
             student_BTV = clean_BTV if shift and position % 4 == 0 else noisy_BTV
             log_q = student_BTV[row, position - shift, live].log_softmax(0)
-            divergences.append((log_p.exp() * (log_p - log_q)).sum())
-        row_means.append(torch.stack(divergences).mean() if divergences else torch.zeros((), dtype=torch.float64))
-    loss = torch.stack(row_means).mean()
+            by_trajectory[-1].append((log_p.exp() * (log_p - log_q)).sum())
+    loss = torch.stack([torch.stack(divergences).mean() for divergences in by_trajectory]).mean()
     student.zero_grad()
     loss.backward()
     return {name: parameter.grad for name, parameter in student.named_parameters()}, loss.item()
@@ -140,7 +149,9 @@ def test_defect_1_gradients_equal_autograd_through_transformers_with_and_without
     student = load_reference(folders[CASES[case].get("tie", False)])
     teacher, shift = load_reference(folders["teacher"]), CASES[case].get("logit_shift", "none")
     expected, loss = literal_gradients(student, teacher, states, trainer.special, shift)
-    assert len(states.lengths_B.unique()) > 1 and states.num_trained_B.min() > 0, "padding and trained rows are needed"
+    assert len(states.lengths_B.unique()) > 1, "padding is needed"
+    assert states.num_trained_by_trajectory_B.min() > 0, "and something to train"
+    assert states.num_rows == 4 * {"all steps": 4, "all steps, shifted logits, one row at a time": 2}.get(case, 1)
     assert sums["loss"] / sums["rows"] == pytest.approx(loss, rel=1e-5)
     norm = sum(float(gradient.square().sum()) for gradient in expected.values()) ** 0.5
     assert sums["grad_norm"] == pytest.approx(norm, rel=1e-5)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_opdlm.config.schema import ParallelConfig, RolloutConfig
+from megatron_opdlm.config.schema import ParallelConfig, RolloutConfig, StatesConfig
 from megatron_opdlm.data.prompts import Prompt
+from megatron_opdlm.diffusion.state_selections import rows_per_trajectory
 from megatron_opdlm.diffusion.states import select_states
 from tests.tiny_qwen3 import make_tiny_qwen3
 from tests.worlds import gathered_logits, layout, load_student, tiny_config
@@ -120,13 +121,28 @@ def test_training_logits_equal_what_the_rollout_saw_in_every_step(folder, world_
     assert num_compared == len(seen) == int(steps_BT.sum()), "a token of step s was masked in s steps"
 
 
-def test_the_selected_states_are_among_those_and_their_log_probabilities_agree(folder, world_of_one, monkeypatch):
-    rollout = RolloutConfig(max_new_tokens=12, stop_token_ids=[5], dynamic_threshold=0.12)
+SELECTIONS = {
+    "one per block": {},
+    "all steps": {"selection": "all_steps"},
+    "every second step": {"selection": "all_steps", "shrink": 2},
+}
+
+
+@pytest.mark.parametrize("logit_shift", ["none", "next_token"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_the_selected_states_are_among_those_and_their_log_probabilities_agree(
+    folder, world_of_one, monkeypatch, selection, logit_shift
+):
+    rollout = RolloutConfig(max_new_tokens=12, stop_token_ids=[5], dynamic_threshold=0.12, logit_shift=logit_shift)
+    settings = StatesConfig(**SELECTIONS[selection])
+    num_rows = rows_per_trajectory(settings, rollout.denoising_steps_per_block)
     with layout(ParallelConfig()) as groups:
         model, special = load_student(tiny_config(folder, rollout=rollout), groups)
         trajectories, seen = record_rollout(monkeypatch, model, special, rollout)
         states = select_states(
             trajectories,
+            settings,
+            num_rows=num_rows,
             block_size=4,
             mask_token_id=special.mask_token_id,
             end_token_ids=special.end_token_ids,
@@ -135,12 +151,30 @@ def test_the_selected_states_are_among_those_and_their_log_probabilities_agree(f
             step=0,
         )
         logits_BTV = training_logits(model, states.clean_ids_BT, states.noisy_ids_BT, states.lengths_B, rollout)
-    committed = (states.is_committed_BT & states.is_trained_BT).nonzero().tolist()
-    assert committed
-    for row, position in committed:
-        trajectory = trajectories[row]
-        step = int(trajectory.step_map_R[position - trajectory.prompt_length])
-        recorded = seen[row, position, step]
+    assert (states.is_committed_BT & states.is_trained_BT).any()
+    num_compared = 0
+    for row, position in states.is_trained_BT.nonzero().tolist():
+        step = step_of_state(trajectories[row // num_rows], states.is_committed_BT[row], position)
+        recorded = seen[row // num_rows, position, step]
         assert_equal_logits(logits_BTV[row, position], recorded, special)
-        token = states.clean_ids_BT[row, position]
-        assert abs(recorded.log_softmax(0)[token] - states.log_probs_BT[row, position]) <= 1e-5
+        num_compared += 1
+        if states.is_committed_BT[row, position]:
+            token = states.clean_ids_BT[row, position]
+            assert abs(recorded.log_softmax(0)[token] - states.log_probs_BT[row, position]) <= 1e-5
+    if settings == StatesConfig(selection="all_steps"):
+        positions = [(row, position) for row, position, _ in seen if is_counted(trajectories[row], position, special)]
+        assert num_compared == len(positions), "every state that the rollout was in is trained"
+
+
+def step_of_state(trajectory, is_committed_T: torch.Tensor, position: int) -> int:
+    """The step of the rollout that saw the state of the block at `position`: that of its committed positions."""
+    block = range(position // 4 * 4, position // 4 * 4 + 4)
+    (step,) = {int(trajectory.step_map_R[i - trajectory.prompt_length]) for i in block if is_committed_T[i]}
+    return step
+
+
+def is_counted(trajectory, position: int, special) -> bool:
+    """Whether the position counts, and is not the end token."""
+    place = position - trajectory.prompt_length
+    is_end = int(trajectory.terminal_ids_T[position]) in special.end_token_ids
+    return place < trajectory.response_length and not is_end

@@ -162,6 +162,15 @@ def test_a_wrong_value_in_a_recipe_names_setting_value_and_rule(tmp_path):
         ("divergence.chunk_size=0", "divergence.chunk_size (0) must be at least 1"),
         ("divergence.top_k=-1", "divergence.top_k (-1) must be at least 0"),
         ("curricula.length_start=0", "curricula.length_start (0) must be at least 1"),
+        ("curricula.threshold_hold_steps=-1", "curricula.threshold_hold_steps (-1) must be at least 0"),
+        ("curricula.threshold_start=1.5", "curricula.threshold_start (1.5) must lie between 0 and 1"),
+        (
+            "curricula.threshold_start=1 rollout.remasking_strategy=sequential",
+            "curricula.threshold_start (1.0) needs rollout.remasking_strategy (sequential) to be "
+            "low_confidence_dynamic, which alone has a threshold",
+        ),
+        ("states.shrink=0", "states.shrink (0) must be at least 1"),
+        ("states.shrink=2", "states.shrink (2) needs states.selection (one_per_block) to be all_steps"),
         ("optimizer.min_lr=1", "optimizer.lr (1e-05) must not be below optimizer.min_lr (1.0)"),
         ("optimizer.min_lr=-1", "optimizer.min_lr (-1.0) must be at least 0"),
         ("optimizer.adam_beta2=1", "optimizer.adam_beta2 (1.0) must be at least 0 and below 1"),

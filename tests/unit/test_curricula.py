@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_opdlm.config.schema import CurriculaConfig, RolloutConfig
-from megatron_opdlm.training.curricula import domain_limit, max_new_tokens_at
+from megatron_opdlm.training.curricula import domain_limit, dynamic_threshold_at, max_new_tokens_at
 
 PAPER = {"length_start": 100, "length_ramp_steps": 100}
 
@@ -52,3 +52,21 @@ def test_a_domain_has_its_own_cap_only_where_it_is_lower():
     assert domain_limit("code", 100, rollout) == 100
     assert domain_limit("math", 4000, rollout) == 4000
     assert domain_limit("", 4000, rollout) == 4000
+
+
+def test_the_threshold_holds_and_then_goes_in_a_straight_line_to_its_full_value():
+    curricula = CurriculaConfig(threshold_start=1.0, threshold_hold_steps=10, threshold_ramp_steps=20)
+    rollout = RolloutConfig(dynamic_threshold=0.8)
+    expected = {0: 1.0, 9: 1.0, 10: 1.0, 11: 0.99, 15: 0.95, 20: 0.9, 29: 0.81, 30: 0.8, 1000: 0.8}
+    assert {step: dynamic_threshold_at(step, curricula, rollout) for step in expected} == pytest.approx(expected)
+
+
+def test_the_threshold_may_rise_or_jump_or_stay():
+    rollout = RolloutConfig(dynamic_threshold=0.9)
+    rising = CurriculaConfig(threshold_start=0.5, threshold_ramp_steps=4)
+    assert [dynamic_threshold_at(step, rising, rollout) for step in range(6)] == pytest.approx(
+        [0.5, 0.6, 0.7, 0.8, 0.9, 0.9]
+    )
+    jumping = CurriculaConfig(threshold_start=0.5, threshold_hold_steps=2, threshold_ramp_steps=0)
+    assert [dynamic_threshold_at(step, jumping, rollout) for step in range(4)] == [0.5, 0.5, 0.9, 0.9]
+    assert dynamic_threshold_at(0, CurriculaConfig(), rollout) == 0.9

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_opdlm.diffusion.randomness import sequence_generator
-from megatron_opdlm.diffusion.states import OnPolicyStates, draw_realised_steps, select_states
+from megatron_opdlm.diffusion.state_selections import draw_realised_steps
+from megatron_opdlm.diffusion.states import OnPolicyStates, select_states
 from megatron_opdlm.diffusion.trajectory import Trajectory
 
 MASK, PAD, END, OTHER_END = 99, 98, 90, 91
@@ -254,7 +255,7 @@ def test_weights_sum_up_to_the_mean_over_rows_of_the_mean_over_trained_positions
     assert states.num_trained_B.tolist() == [2, 0, 10]
     divergence_BT = torch.rand(3, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     means = [divergence_BT[row][states.is_trained_BT[row]].mean() for row in (0, 2)]
-    weights_BT = states.loss_weights_BT(num_rows_in_global_batch=8)
+    weights_BT = states.loss_weights_BT(num_trajectories_in_global_batch=8)
     assert weights_BT.dtype == torch.float32
     assert float((weights_BT * divergence_BT).sum()) == pytest.approx(float(sum(means)) / 8, rel=1e-6)
     assert not weights_BT[1].any()
@@ -282,7 +283,7 @@ def test_a_micro_batch_is_as_wide_as_its_own_longest_row_needs(index, multiple, 
     for name, tensor in vars(states).items():
         after = getattr(padded, name)
         assert after.dtype == tensor.dtype
-        if name == "lengths_B":
+        if name.endswith("_B"):
             assert torch.equal(after, tensor)
             continue
         assert after.shape == (len(index), width)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_opdlm.diffusion.states import OnPolicyStates
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.models.qwen3 import Qwen3Architecture
 from megatron_opdlm.training.step_metrics import StepMetrics
@@ -64,10 +65,18 @@ def sums(loss: float, rows: int, trained: int, agreements: int, gap: float, comm
     }
 
 
+def rows() -> OnPolicyStates:
+    """8 tokens of which 3 are trained, 12 of which 5 are."""
+    ids_BT = torch.zeros(2, 12, dtype=torch.int64)
+    is_trained_BT = torch.arange(12) < torch.tensor([[3], [5]])
+    return OnPolicyStates(ids_BT, ids_BT, torch.tensor([8, 12]), is_trained_BT, is_trained_BT, ids_BT.float())
+
+
 def of_step(metrics: StepMetrics) -> dict[str, float]:
     trajectories = [trajectory([1, 1, 1, 1], 3, "end_token"), trajectory([1, 2, 3, 4, 1, 1, 2, 2], 8, "length")]
     step_sums = [sums(4.0, 2, 10, 5, 0.2, 4), sums(1.0, 2, 30, 30, 0.0, 0)]
-    return metrics.of_step(trajectories, step_sums, {"total": 2.0}, lr=1e-5, length_limit=8)
+    settings = {"lr": 1e-5, "length_limit": 8, "dynamic_threshold": 0.75}
+    return metrics.of_step(trajectories, rows(), step_sums, {"total": 2.0}, **settings)
 
 
 def test_means_are_weighted_by_what_they_are_means_of(metrics):
@@ -84,6 +93,21 @@ def test_means_are_weighted_by_what_they_are_means_of(metrics):
 def test_paper_flops_are_six_and_two_per_parameter_and_token(metrics):
     num_parameters = 32 * 8 + 8 + 2 * 8 + 2 * 4 + (2 * 2 + 2) * 4 * 8 + 3 * 8 * 16
     assert of_step(metrics)["perf/paper_flops"] == 8 * num_parameters * 11
+
+
+def test_true_flops_count_every_row_with_its_trained_positions(metrics):
+    # two FLOPs per weight and token, four per pair, head and dimension; one layer, two heads of four
+    linear, pair, logits = 2 * ((2 * 2 + 2) * 4 * 8 + 3 * 8 * 16), 4 * 8, 2 * 8 * 32
+    teacher = 20 * linear + (8 * 9 // 2 + 12 * 13 // 2) * pair + 8 * logits
+    student = 3 * (40 * linear + 2 * (8 * 12 // 2 + 12 * 16 // 2) * pair + 8 * logits)
+    # a prompt block and the block behind it, in one step; and in four and two steps
+    first = 8 * linear + (16 + 4 * 8) * pair + 4 * logits
+    second = (8 + 6 * 4) * linear + (16 + 32 + 4 * 4 * 8 + 2 * 4 * 12) * pair + (10 + 6) * logits
+    assert of_step(metrics)["perf/true_flops"] == teacher + student + first + second
+
+
+def test_the_threshold_is_logged(metrics):
+    assert of_step(metrics)["rollout/dynamic_threshold"] == 0.75
 
 
 def test_totals_go_on_from_a_saved_state(metrics):
