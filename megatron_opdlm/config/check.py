@@ -356,6 +356,11 @@ def _check_context_parallel(config: Config) -> None:
         f"rollout.logit_shift ({config.rollout.logit_shift}) must be none under parallel.context_parallel_size "
         f"({size}): the output before a rank's first position is with another rank",
     )
+    _require(
+        size == 1 or config.teacher.fill == "terminal",
+        f"teacher.fill ({config.teacher.fill}) must be terminal under parallel.context_parallel_size ({size}): the "
+        "output before a rank's first position is with another rank",
+    )
 
 
 def _check_pipeline(config: Config) -> None:

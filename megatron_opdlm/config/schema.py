@@ -13,6 +13,7 @@ from typing import Literal
 RemaskingStrategy = Literal["low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"]
 LogitShift = Literal["none", "next_token"]
 CurriculumShape = Literal["linear", "sine", "cosine"]
+TeacherFill = Literal["terminal", "argmax"]
 StateSelection = Literal["one_per_block", "all_steps", "random_mask"]
 Fp8Recipe = Literal["off", "delayed", "tensorwise", "blockwise"]
 Recompute = Literal["none", "selective", "full"]
@@ -43,6 +44,10 @@ class TeacherConfig:
     """Megatron checkpoint folder, as `tools/convert_hf_to_megatron.py --role teacher` writes it."""
     transformer: dict = field(default_factory=dict)
     """Overrides of Megatron's TransformerConfig, by its own field names."""
+    fill: TeacherFill = "terminal"
+    """What the teacher reads before a position, inside its block: the tokens that the student finally wrote, or those
+    that it finds most likely in the state being trained (`argmax`, an ablation; costs a forward of the student and
+    doubles the teacher's)."""
     offload: bool = False
     """Keep the weights, all but the output layer's, in pinned host memory, and on the GPU only while the teacher's
     forward runs. Frees their memory for the student and its rollout; costs a copy of the rank's shard to the GPU at

@@ -49,6 +49,26 @@ def may_attend(
     return is_own_block | is_earlier_clean_block
 
 
+def filled_mask(sequence_length: int, block_size: int, device: torch.device | None = None) -> torch.Tensor:
+    """What a causal teacher attends under `teacher.fill` argmax, bool [2S, 2S]: clean positions, then filled ones.
+
+    The clean stream is plain causal. A filled token attends the clean tokens of earlier blocks, and of its own block
+    the filled tokens up to itself, as if it stood in a sequence of its own: the clean blocks before, its filled block.
+
+    Example: two blocks of two.
+        >>> filled_mask(4, 2)[4:].int()
+        tensor([[0, 0, 0, 0, 1, 0, 0, 0],
+                [0, 0, 0, 0, 1, 1, 0, 0],
+                [1, 1, 0, 0, 0, 0, 1, 0],
+                [1, 1, 0, 0, 0, 0, 1, 1]], dtype=torch.int32)
+    """
+    position = torch.arange(sequence_length, device=device)
+    is_causal = position <= position[:, None]
+    is_own_block = block_index(position, block_size) == block_index(position, block_size)[:, None]
+    clean = torch.cat([is_causal, torch.zeros_like(is_causal)], dim=1)
+    return torch.cat([clean, torch.cat([is_causal & ~is_own_block, is_causal & is_own_block], dim=1)])
+
+
 def block_diffusion_mask(lengths_B: torch.Tensor, sequence_length: int, block_size: int) -> torch.Tensor:
     """The whole pattern as a boolean mask [B, 2S, 2S], True where the row attends the column.
 

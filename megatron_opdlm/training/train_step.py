@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_opdlm.config.schema import DivergenceConfig, RolloutConfig
+from megatron_opdlm.config.schema import DivergenceConfig, RolloutConfig, TeacherFill
 from megatron_opdlm.diffusion.states import OnPolicyStates
+from megatron_opdlm.distillation.argmax_fill import fill_with_argmax
 from megatron_opdlm.distillation.loss import SUMS, distillation_loss
 from megatron_opdlm.distillation.teacher import teacher_hidden_states
 from megatron_opdlm.models.pipeline import PipelineModel
@@ -39,10 +40,11 @@ class TrainStep:
         rollout: RolloutConfig,
         timers: PhaseTimers,
         expert_load: ExpertLoad,
+        fill: TeacherFill = "terminal",
     ) -> None:
         self.student, self.teacher, self.shard = student, teacher, shard
         self.divergence, self.rollout, self.timers = divergence, rollout, timers
-        self.expert_load = expert_load
+        self.expert_load, self.fill = expert_load, fill
 
     def __call__(self, micro_batches: list[OnPolicyStates]) -> dict[str, float]:
         """One optimizer step on this rank's share of a global batch. All ranks must call it.
@@ -55,7 +57,8 @@ class TrainStep:
             width = max(states.clean_ids_BT.shape[1] for states in micro_batches)
             micro_batches = [states.padded_to(width) for states in micro_batches]
         with self.timers.phase("teacher"):
-            targets = teacher_hidden_states(self.teacher, micro_batches)
+            filled = self._filled(micro_batches) if self.fill == "argmax" else None
+            targets = teacher_hidden_states(self.teacher, micro_batches, filled, self.rollout.block_size)
         with self.timers.phase("student"):
             wait_for_weights(self.student)
             zero_gradients(self.student)
@@ -63,6 +66,17 @@ class TrainStep:
         with self.timers.phase("optimizer"):
             grad_norm = optimizer_step(self.student)
         return {"grad_norm": grad_norm} | sums
+
+    def _filled(self, micro_batches: list[OnPolicyStates]) -> list[torch.Tensor]:
+        wait_for_weights(self.student)
+        return fill_with_argmax(
+            self.student.model,
+            micro_batches,
+            self.shard,
+            block_size=self.rollout.block_size,
+            logit_shift=self.rollout.logit_shift,
+            chunk_size=self.divergence.chunk_size,
+        )
 
     def _forward_backward(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
         for chunk in self.student.wrapped:

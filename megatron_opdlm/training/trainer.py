@@ -88,7 +88,14 @@ class Trainer:
         shard = self._vocabulary_shard(num_rows, teacher_source.architecture.vocab_size)
         self.expert_load = ExpertLoad(model, self.groups)
         self.train_step = TrainStep(
-            self.student, teacher, shard, config.divergence, config.rollout, self.timers, self.expert_load
+            self.student,
+            teacher,
+            shard,
+            config.divergence,
+            config.rollout,
+            self.timers,
+            self.expert_load,
+            config.teacher.fill,
         )
         self.prompt_stream = PromptStream(len(self.prompts), training.num_prompts_per_step, training.seed)
         self.step = 0

@@ -46,6 +46,9 @@ def flags(root: Path, run: str, max_steps: int, **more: str) -> list[str]:
         "--rollout.dynamic_threshold": 0.12,
         "--curricula.length_start": 4,
         "--curricula.length_ramp_steps": 3,
+        "--curricula.threshold_start": 0.5,
+        "--curricula.threshold_hold_steps": 1,
+        "--curricula.threshold_ramp_steps": 2,
         "--optimizer.lr": 0.001,
         "--optimizer.lr_warmup_steps": 3,
         # the schedule's length must not follow `training.max_steps`, which differs between the runs
@@ -142,6 +145,7 @@ def test_the_reference_trains(root):
     assert [record["step"] for record in records] == list(range(NUM_STEPS))
     assert len({record["train/loss"] for record in records}) == NUM_STEPS
     assert [record["rollout/length_limit"] for record in records] == [4, 8, 8, 8]
+    assert [record["rollout/dynamic_threshold"] for record in records] == pytest.approx([0.5, 0.5, 0.31, 0.12])
     total = sum(record["rollout/tokens"] for record in records)
     assert records[-1]["rollout/total_tokens"] == total
 

@@ -145,6 +145,19 @@ def test_a_row_has_its_own_temperature_seed_and_limit(student):
     assert len({tuple(t.response_ids[:4].tolist()) for t in together}) > 3, "the settings must make a difference"
 
 
+def test_a_threshold_of_its_own_holds_for_one_call(student):
+    from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
+
+    model, special = student
+    rollout = RolloutConfig(max_new_tokens=12, dynamic_threshold=0.1)
+    engine, tasks = RolloutEngine(model, rollout, special, seed=11), [RolloutTask(prompts()[7], 12)]
+    (usual,), (careful,), (usual_again,) = (engine.generate(tasks, 3, *own) for own in ((), (1.0,), ()))
+    strict = RolloutEngine(model, dataclasses.replace(rollout, dynamic_threshold=1.0), special, seed=11)
+    assert_same({0: careful}, {0: strict.generate(tasks, step=3)[0]})
+    assert_same({0: usual_again}, {0: usual})
+    assert careful.tokens_per_step < usual.tokens_per_step
+
+
 def test_a_cache_too_small_for_the_longest_sequence_is_refused(student):
     with pytest.raises(ValueError, match=r"rollout.cache_gib \(2.86e-06\) must be at least .* of 204 tokens"):
         generate(student, RolloutConfig(max_new_tokens=72, cache_gib=2 * PAGE_GIB))

@@ -47,6 +47,13 @@ CASES = {
         "states": {"selection": "all_steps", "shrink": 2},
         "logit_shift": "next_token",
     },
+    "argmax fill": {"micro_batch_size": 2, "fill": "argmax"},
+    "argmax fill, shifted logits, all steps": {
+        "micro_batch_size": 2,
+        "fill": "argmax",
+        "logit_shift": "next_token",
+        "states": {"selection": "all_steps"},
+    },
     "random masks": {"micro_batch_size": 4, "states": {"selection": "random_mask"}},
     "tied, recompute": {"micro_batch_size": 2, "tie": True, "recompute": "full"},
 }
@@ -91,7 +98,7 @@ def make_trainer(folders: dict, root: Path, case: dict):
         ),
         logging=LoggingConfig(directory=str(root / "run")),
     )
-    teacher = dataclasses.replace(config.teacher, offload=case.get("offload", False))
+    teacher = dataclasses.replace(config.teacher, offload=case.get("offload", False), fill=case.get("fill", "terminal"))
     states = StatesConfig(**case.get("states", {}))
     return Trainer(dataclasses.replace(config, teacher=teacher, states=states))
 
@@ -116,7 +123,9 @@ def megatron_gradients(trainer, states) -> tuple[Gradients, dict[str, float]]:
     return dict(hf_tensors(trainer.source.architecture, read)), sums
 
 
-def literal_gradients(student, teacher, states, special, logit_shift: str = "none") -> tuple[Gradients, float]:
+def literal_gradients(
+    student, teacher, states, special, logit_shift: str = "none", fill: str = "terminal"
+) -> tuple[Gradients, float]:
     """Mean over trajectories of the mean over trained positions of KL(teacher || student), mask token left out."""
     teacher_BTV = teacher(input_ids=states.clean_ids_BT).logits.detach()
     clean_BTV, noisy_BTV = two_stream_logits(student, states.clean_ids_BT, states.noisy_ids_BT, states.lengths_B, 4)
@@ -128,6 +137,9 @@ def literal_gradients(student, teacher, states, special, logit_shift: str = "non
             by_trajectory.append([])
         for position in is_trained_T.nonzero()[:, 0].tolist():
             log_p = teacher_BTV[row, position - 1, live].log_softmax(0)
+            if fill == "argmax":
+                before = filled_before(states, row, position, clean_BTV, noisy_BTV, live, logit_shift)
+                log_p = teacher(input_ids=before[None]).logits[0, -1, live].log_softmax(0).detach()
             shift = 1 if logit_shift == "next_token" else 0
             student_BTV = clean_BTV if shift and position % 4 == 0 else noisy_BTV
             log_q = student_BTV[row, position - shift, live].log_softmax(0)
@@ -136,6 +148,16 @@ def literal_gradients(student, teacher, states, special, logit_shift: str = "non
     student.zero_grad()
     loss.backward()
     return {name: parameter.grad for name, parameter in student.named_parameters()}, loss.item()
+
+
+def filled_before(states, row, position, clean_BTV, noisy_BTV, live, logit_shift) -> torch.Tensor:
+    """The clean blocks before, then what the state shows of the block, with the student's choice where it is masked."""
+    ids_T, shift = states.clean_ids_BT[row, :position].clone(), 1 if logit_shift == "next_token" else 0
+    for before in range(position // 4 * 4, position):
+        if states.noisy_ids_BT[row, before] != ids_T[before]:
+            student_BTV = clean_BTV if shift and before % 4 == 0 else noisy_BTV
+            ids_T[before] = live[int(student_BTV[row, before - shift, live].argmax())]
+    return ids_T
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -148,10 +170,12 @@ def test_defect_1_gradients_equal_autograd_through_transformers_with_and_without
         actual, sums = megatron_gradients(trainer, states)
     student = load_reference(folders[CASES[case].get("tie", False)])
     teacher, shift = load_reference(folders["teacher"]), CASES[case].get("logit_shift", "none")
-    expected, loss = literal_gradients(student, teacher, states, trainer.special, shift)
+    fill = CASES[case].get("fill", "terminal")
+    expected, loss = literal_gradients(student, teacher, states, trainer.special, shift, fill)
     assert len(states.lengths_B.unique()) > 1, "padding is needed"
     assert states.num_trained_by_trajectory_B.min() > 0, "and something to train"
-    assert states.num_rows == 4 * {"all steps": 4, "all steps, shifted logits, one row at a time": 2}.get(case, 1)
+    selection = StatesConfig(**CASES[case].get("states", {}))
+    assert states.num_rows == 4 * (4 // selection.shrink if selection.selection == "all_steps" else 1)
     assert sums["loss"] / sums["rows"] == pytest.approx(loss, rel=1e-5)
     norm = sum(float(gradient.square().sum()) for gradient in expected.values()) ** 0.5
     assert sums["grad_norm"] == pytest.approx(norm, rel=1e-5)

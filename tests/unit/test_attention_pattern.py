@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_opdlm.diffusion.attention_pattern import block_diffusion_mask, may_attend
+from megatron_opdlm.diffusion.attention_pattern import block_diffusion_mask, filled_mask, may_attend
 
 
 def pattern_by_hand(length: int, sequence_length: int, block_size: int) -> torch.Tensor:
@@ -47,3 +47,13 @@ def test_positions_are_absolute_so_a_slice_of_the_pattern_is_the_pattern_of_a_sl
     positions = torch.arange(6, 10)
     part = may_attend(positions[:, None], torch.tensor(True), torch.arange(12), torch.tensor(False), 4)
     assert torch.equal(part, whole[6:10])
+
+
+def test_each_filled_token_stands_in_a_sequence_of_clean_blocks_and_its_own_filled_block():
+    mask = filled_mask(9, 4).tolist()
+    for i in range(9):
+        assert [j for j in range(18) if mask[i][j]] == list(range(i + 1)), "the clean stream is causal"
+        start = i // 4 * 4
+        filled = [j for j in range(18) if mask[9 + i][j]]
+        assert filled == [*range(start), *range(9 + start, 9 + i + 1)]
+        assert [j % 9 for j in filled] == list(range(i + 1)), "one token for each position so far"

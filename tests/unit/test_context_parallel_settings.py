@@ -7,7 +7,14 @@ import dataclasses
 import pytest
 
 from megatron_opdlm.config.check import check_config
-from megatron_opdlm.config.schema import Config, ParallelConfig, PrecisionConfig, RolloutConfig, TrainingConfig
+from megatron_opdlm.config.schema import (
+    Config,
+    ParallelConfig,
+    PrecisionConfig,
+    RolloutConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
 from tests.unit.test_pipeline_settings import ARCHITECTURE
 
 
@@ -74,3 +81,9 @@ def test_heads_that_cannot_be_shared_out_are_refused():
     parallel = ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=4)
     with pytest.raises(ValueError, match=expected):
         transformer_config(architecture, parallel=parallel, dtype="float32", overrides={})
+
+
+def test_the_argmax_fill_is_refused_where_ranks_share_sequences():
+    config = Config(parallel=ParallelConfig(context_parallel_size=2), teacher=TeacherConfig(fill="argmax"))
+    with pytest.raises(ValueError, match=r"teacher.fill \(argmax\) must be terminal under parallel.context_parallel_s"):
+        check_config(config, 4)

@@ -94,7 +94,11 @@ class BlockDiffusionCoreAttention(CoreAttention):
 
 
 class CausalCoreAttention(CoreAttention):
-    """The teacher's plain causal attention. Rows are padded on the right, so no mask is needed."""
+    """The teacher's plain causal attention. Rows are padded on the right, so no mask is needed.
+
+    With a mask, bool `[2S, 2S]`, the batch holds clean rows, then filled ones (`diffusion.attention_pattern`), which
+    attend each other as one sequence of 2S tokens.
+    """
 
     def forward(
         self,
@@ -106,8 +110,23 @@ class CausalCoreAttention(CoreAttention):
         **_: object,
     ) -> torch.Tensor:
         """`[S, B, heads, D]` -> `[S, B, heads * D]`."""
+        if attention_mask is not None:
+            return self._attend_under(attention_mask, query, key, value)
         query, key, value = (x.permute(1, 2, 0, 3) for x in self.context.whole_sequences(query, key, value))
         attended = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.scale, enable_gqa=query.shape[1] != key.shape[1]
         )
         return self.context.own_positions(attended.permute(2, 0, 1, 3)).flatten(2)
+
+    def _attend_under(
+        self, mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        assert self.context.size == 1, "a rank has all positions of both streams"
+        num_sharing = query.shape[2] // key.shape[2]
+        # [S, 2B, heads, D] -> [B, heads, 2S, D]; PyTorch's fused kernels take no mask beside grouped keys
+        query, key, value = (
+            torch.cat(x.chunk(2, dim=1)).permute(1, 2, 0, 3)
+            for x in (query, key.repeat_interleave(num_sharing, 2), value.repeat_interleave(num_sharing, 2))
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
+        return torch.cat(attended.permute(2, 0, 1, 3).chunk(2), dim=1).flatten(2)
