@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megatron_opdlm.checkpointing.distributed import METADATA, read_tensor, save_checkpoint
+from megatron_opdlm.checkpointing.adapters import checkpoint_reader, merged_reader
+from megatron_opdlm.checkpointing.distributed import METADATA, save_checkpoint
 from megatron_opdlm.checkpointing.folders import ASSETS, PARTIAL, check_complete, newest_checkpoint
 from megatron_opdlm.checkpointing.hf_folder import copy_assets, write_safetensors
 from megatron_opdlm.checkpointing.hf_qwen3 import hf_tensors
@@ -70,10 +71,11 @@ def hf_to_megatron(
 
 
 def megatron_to_hf(checkpoint: Path, output: Path, *, dtype: str | None) -> None:
-    """Writes `output` as a Hugging Face folder of the checkpoint's weights.
+    """Writes `output` as a Hugging Face folder of the checkpoint's weights, adapters merged.
 
     Raises:
-        ValueError: the output exists, or the checkpoint is missing, incomplete or damaged.
+        ValueError: the output exists, the checkpoint is missing, incomplete or damaged, or the model that its adapters
+            belong to is.
     """
     _check_absent(output)
     folder = newest_checkpoint(checkpoint) or checkpoint
@@ -93,9 +95,8 @@ def _streamed(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, to
     """Hugging Face tensors read one Megatron tensor at a time."""
     architecture = open_pretrained(str(folder), "--checkpoint").architecture
 
-    def read(key: str, layer: int | None) -> torch.Tensor:
-        return read_tensor(folder, key if layer is None else f"decoder.layers.{key}", layer)
-
+    read, merged_dtype = merged_reader(folder, architecture) or (checkpoint_reader(folder), None)
+    dtype = dtype or merged_dtype
     for name, tensor in tqdm(hf_tensors(architecture, read), desc="writing tensors", unit="tensor", leave=False):
         yield name, tensor.to(dtype or tensor.dtype)
 

@@ -139,6 +139,25 @@ def hf_tensors(
         yield OUTPUT[1], read(OUTPUT[0], None)[: architecture.vocab_size]
 
 
+def read_whole(
+    weights: SafetensorsReader, architecture: Qwen3Architecture, key: str, layer: int | None
+) -> torch.Tensor:
+    """A whole Megatron tensor made of a Hugging Face folder, by its key as `hf_tensors` asks for it."""
+    whole = Shard(0, 1)
+    for in_megatron, in_hf in (EMBEDDING, OUTPUT):
+        if key == in_megatron:
+            shape = torch.Size((architecture.vocab_size, architecture.hidden_size))
+            return _vocabulary_rows(in_hf, shape, weights, architecture, whole)
+    if key == FINAL_NORM[0]:
+        return weights.read(FINAL_NORM[1].hf)
+    (layout,) = (layout for known, layout in layer_table(architecture).values() if known == key)
+    prefix = f"model.layers.{layer}."
+    if isinstance(layout, Experts):
+        experts = range(architecture.mixture.num_experts)
+        return torch.stack([layout.read_expert(weights, prefix, architecture, whole, expert) for expert in experts])
+    return layout.read(weights, prefix, architecture, whole)
+
+
 def _vocabulary_tensors(architecture: Qwen3Architecture) -> list[str]:
     return [EMBEDDING[1]] if architecture.tie_word_embeddings else [EMBEDDING[1], OUTPUT[1]]
 

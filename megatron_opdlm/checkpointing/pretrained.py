@@ -10,13 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opdlm.checkpointing.distributed import METADATA, load_checkpoint
 from megatron_opdlm.checkpointing.folders import ASSETS, MANIFEST, check_complete, is_checkpoint, newest_checkpoint
 from megatron_opdlm.checkpointing.hf_qwen3 import load_hf_weights
+from megatron_opdlm.config.load import load_config
+from megatron_opdlm.config.schema import Config
 from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.models.qwen3 import Qwen3Architecture, read_architecture
+
+RUN_CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,27 @@ class Pretrained:
     def load_into(self, model: PipelineModel, groups: ProcessGroupCollection, architecture: Qwen3Architecture) -> None:
         """Fills this rank's shards. `architecture` is the source's, or the student's made from it.
 
-        All ranks must call it.
+        All ranks must call it. ValueError if the folder holds adapters alone.
         """
+        if read_lora_run(self.folder) is not None:
+            raise ValueError(
+                f"{self.folder} holds the adapters of a LoRA run, not whole weights; merge them with "
+                "tools/convert_megatron_to_hf.py"
+            )
         if self.is_megatron:
             state = load_checkpoint(self.folder, {"model": model.sharded_state_dict(metadata=METADATA)})
             model.load_state_dict(state["model"])
         else:
             load_hf_weights(model, self.folder, architecture, groups)
+
+
+def read_lora_run(folder: Path) -> Config | None:
+    """The settings of the LoRA run that wrote a checkpoint; None for any other folder."""
+    path = folder / RUN_CONFIG
+    if not path.is_file():
+        return None
+    sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return load_config(["--config", str(path)]) if sections.get("lora", {}).get("rank") else None
 
 
 def open_pretrained(folder: str, setting: str) -> Pretrained:

@@ -30,6 +30,7 @@ from megatron_opdlm.models.attention.backend import AttentionCase, build_backend
 from megatron_opdlm.models.attention.core_attention import BlockDiffusionCoreAttention, CausalCoreAttention
 from megatron_opdlm.models.build import build_model, choose_layers
 from megatron_opdlm.models.fp8 import check_fp8
+from megatron_opdlm.models.lora import add_adapters, check_lora
 from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.models.qwen3 import DTYPES, Qwen3Architecture, read_config_json
 from megatron_opdlm.parallel.device import device
@@ -124,10 +125,11 @@ def build_student(
 ) -> PipelineModel:
     """The student with its weights. All ranks must call it. `num_rows` is `padded_vocab_size`.
 
-    ValueError if this machine does not have the attention or the FP8 asked for.
+    ValueError if this machine does not have the attention or the FP8 asked for, or the model cannot have the adapters.
     """
     overrides, recipe = config.student.transformer, config.precision.fp8
     check_fp8("precision.fp8", recipe, source.architecture, config.parallel, transformer_impl=choose_layers(overrides))
+    check_lora(config.lora, source.architecture, transformer_impl=choose_layers(overrides))
     core_attention = functools.partial(
         BlockDiffusionCoreAttention,
         backend=build_backend(config.attention.backend, _attention_case(source.architecture, config)),
@@ -145,6 +147,8 @@ def build_student(
         recompute=config.training.recompute,
     )
     source.pretrained.load_into(model, groups, source.architecture)
+    if config.lora.rank:
+        add_adapters(model, config.lora, config.training.seed)
     return model
 
 

@@ -12,18 +12,20 @@ import math
 import os
 from collections.abc import Iterable
 
+from megatron_opdlm.config.check_method import check_curricula, check_lora, check_states
 from megatron_opdlm.config.overrides import check_overrides, check_recompute
+from megatron_opdlm.config.rules import at_least as _at_least
+from megatron_opdlm.config.rules import require as _require
+from megatron_opdlm.config.rules import within as _within
 from megatron_opdlm.config.schema import (
     CheckpointConfig,
     Config,
-    CurriculaConfig,
     DivergenceConfig,
     EvaluationConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
     RolloutConfig,
-    StatesConfig,
     TrainingConfig,
 )
 
@@ -31,12 +33,12 @@ from megatron_opdlm.config.schema import (
 def check_config(config: Config, world_size: int | None) -> None:
     """Checks every section. `world_size` is the number of processes; None leaves out the rules that depend on it."""
     _check_models(config)
+    check_lora(config.lora)
     _check_parallel(config.parallel)
     _check_rollout(config.rollout)
-    _check_states(config.states)
+    check_states(config.states)
     _check_divergence(config.divergence)
-    _check_curricula(config.curricula)
-    _check_threshold_curriculum(config.curricula, config.rollout)
+    check_curricula(config.curricula, config.rollout)
     _check_optimizer(config.optimizer)
     _check_training(config.training, config.rollout)
     _check_intervals(config.checkpoint, config.evaluation)
@@ -65,21 +67,6 @@ def check_required(config: Config, required: Iterable[str]) -> None:
             _require(files, f"give {name}, at least one file")
             for file in files:
                 _require(os.path.isfile(file), f"{name}: there is no file {file}")
-
-
-def _require(holds: object, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
-def _at_least(minimum: float, section: str, **settings: float | None) -> None:
-    for name, value in settings.items():
-        _require(value is None or value >= minimum, f"{section}.{name} ({value}) must be at least {minimum}")
-
-
-def _within(low: float, high: float, section: str, **settings: float) -> None:
-    for name, value in settings.items():
-        _require(low <= value <= high, f"{section}.{name} ({value}) must lie between {low} and {high}")
 
 
 def _check_folder(name: str, folder: str) -> None:
@@ -182,34 +169,9 @@ def _check_sampling(rollout: RolloutConfig) -> None:
         _at_least(0, "rollout", stop_token_ids=token_id)
 
 
-def _check_states(states: StatesConfig) -> None:
-    _at_least(1, "states", shrink=states.shrink)
-    _require(
-        states.shrink == 1 or states.selection == "all_steps",
-        f"states.shrink ({states.shrink}) needs states.selection ({states.selection}) to be all_steps",
-    )
-
-
 def _check_divergence(divergence: DivergenceConfig) -> None:
     _at_least(0, "divergence", top_k=divergence.top_k)
     _at_least(1, "divergence", chunk_size=divergence.chunk_size)
-
-
-def _check_curricula(curricula: CurriculaConfig) -> None:
-    _at_least(1, "curricula", length_start=curricula.length_start)
-    _at_least(0, "curricula", length_ramp_steps=curricula.length_ramp_steps)
-
-
-def _check_threshold_curriculum(curricula: CurriculaConfig, rollout: RolloutConfig) -> None:
-    start, strategy = curricula.threshold_start, rollout.remasking_strategy
-    hold, ramp = curricula.threshold_hold_steps, curricula.threshold_ramp_steps
-    _at_least(0, "curricula", threshold_hold_steps=hold, threshold_ramp_steps=ramp)
-    _require(start is None or 0 <= start <= 1, f"curricula.threshold_start ({start}) must lie between 0 and 1")
-    _require(
-        start is None or strategy == "low_confidence_dynamic",
-        f"curricula.threshold_start ({start}) needs rollout.remasking_strategy ({strategy}) to be "
-        "low_confidence_dynamic, which alone has a threshold",
-    )
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:

@@ -14,6 +14,7 @@ RemaskingStrategy = Literal["low_confidence_static", "low_confidence_dynamic", "
 LogitShift = Literal["none", "next_token"]
 CurriculumShape = Literal["linear", "sine", "cosine"]
 TeacherFill = Literal["terminal", "argmax"]
+AdaptedModule = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 StateSelection = Literal["one_per_block", "all_steps", "random_mask"]
 Fp8Recipe = Literal["off", "delayed", "tensorwise", "blockwise"]
 Recompute = Literal["none", "selective", "full"]
@@ -52,6 +53,22 @@ class TeacherConfig:
     """Keep the weights, all but the output layer's, in pinned host memory, and on the GPU only while the teacher's
     forward runs. Frees their memory for the student and its rollout; costs a copy of the rank's shard to the GPU at
     every optimizer step, and up to twice as much host memory, of which PyTorch pins powers of two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: the student's own weights stay as they are, and only what is added to them is trained."""
+
+    rank: int = 0
+    """Inner size of the adapters; 0 trains all weights. Checkpoints then hold the adapters alone, and need the folder
+    of `student.hf` or `student.checkpoint` to be read; conversion to Hugging Face merges them. Needs Megatron's local
+    layers (`student.transformer.transformer_impl`)."""
+    alpha: float = 32.0
+    """What an adapter adds is multiplied by this over `rank`."""
+    target_modules: list[AdaptedModule] = field(
+        default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+    )
+    """The linear layers of each transformer layer that get one; in a mixture of experts those of attention only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +339,7 @@ class Config:
 
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)

@@ -24,6 +24,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_opdlm.config.schema import ParallelConfig, Recompute
 from megatron_opdlm.models.fp8 import fp8_settings, is_module_state
 from megatron_opdlm.models.layer_specs import LAYERS, default_layers, has_transformer_engine, qwen3_block_spec
+from megatron_opdlm.models.lora import has_adapters, is_adapter
 from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.models.qwen3 import DTYPES, Mixture, Qwen3Architecture
 from megatron_opdlm.parallel.context_link import ContextLink
@@ -41,7 +42,8 @@ RECOMPUTE_SETTINGS: dict[Recompute, dict] = {
 class Qwen3Model(GPTModel):
     """A Megatron GPTModel of Qwen3's shape whose forward ends at the final norm.
 
-    Its state in a checkpoint is its weights alone, the same whichever layers it is made of.
+    Its state in a checkpoint is its weights alone, the same whichever layers it is made of; with adapters beside them
+    (`models.lora`) it is the adapters.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,7 +53,12 @@ class Qwen3Model(GPTModel):
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The weights as Megatron's sharded tensors. All ranks must call it."""
         state = super().sharded_state_dict(*args, **kwargs)
-        return {key: value for key, value in state.items() if not is_module_state(key)}
+        adapters_alone = has_adapters(self)
+        return {
+            key: value
+            for key, value in state.items()
+            if not is_module_state(key) and (is_adapter(key) or not adapters_alone)
+        }
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor | None
@@ -92,9 +99,12 @@ class Qwen3Model(GPTModel):
         return hidden_NH @ self.output_weight.t()
 
 
-def _forgive_missing_module_state(_: torch.nn.Module, incompatible: Any) -> None:
+def _forgive_missing_module_state(model: torch.nn.Module, incompatible: Any) -> None:
     """Lets a state dict do without what checkpoints leave out."""
-    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not is_module_state(key)]
+    adapters_alone = has_adapters(model)
+    incompatible.missing_keys[:] = [
+        key for key in incompatible.missing_keys if not is_module_state(key) and (is_adapter(key) or not adapters_alone)
+    ]
 
 
 def build_model(
