@@ -169,6 +169,11 @@ def test_a_wrong_value_in_a_recipe_names_setting_value_and_rule(tmp_path):
             "curricula.threshold_start (1.0) needs rollout.remasking_strategy (sequential) to be "
             "low_confidence_dynamic, which alone has a threshold",
         ),
+        ("lora.rank=-1", "lora.rank (-1) must be at least 0"),
+        ("lora.alpha=0", "lora.alpha (0.0) must be over 0"),
+        ("lora.target_modules=[]", "lora.target_modules () must not be empty"),
+        ("lora.target_modules=linear_qkv,linear_qkv", "lora.target_modules (linear_qkv, linear_qkv) must not have one"),
+        ("lora.target_modules=linear_q", "must be a list, each item one of linear_qkv, linear_proj, linear_fc1"),
         ("states.shrink=0", "states.shrink (0) must be at least 1"),
         ("states.shrink=2", "states.shrink (2) needs states.selection (one_per_block) to be all_steps"),
         ("optimizer.min_lr=1", "optimizer.lr (1e-05) must not be below optimizer.min_lr (1.0)"),
