@@ -28,6 +28,7 @@ from megatron_opdlm.config.schema import (
     RolloutConfig,
     TrainingConfig,
 )
+from megatron_opdlm.config.sft_presets import check_objective
 
 
 def check_config(config: Config, world_size: int | None) -> None:
@@ -37,12 +38,18 @@ def check_config(config: Config, world_size: int | None) -> None:
     _check_parallel(config.parallel)
     _check_rollout(config.rollout)
     check_states(config.states)
+    check_objective(config.objective, config.rollout, config.curricula)
     _check_divergence(config.divergence)
     check_curricula(config.curricula, config.rollout)
     _check_optimizer(config.optimizer)
     _check_training(config.training, config.rollout)
     _check_intervals(config.checkpoint, config.evaluation)
-    _at_least(1, "data", max_prompt_tokens=config.data.max_prompt_tokens)
+    _at_least(
+        1,
+        "data",
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_response_tokens=config.data.max_response_tokens,
+    )
     _check_precision(config)
     _check_padding(config)
     _check_context_parallel(config)
@@ -55,9 +62,12 @@ def check_config(config: Config, world_size: int | None) -> None:
 def check_required(config: Config, required: Iterable[str]) -> None:
     """Checks that what an entry point needs is given and exists.
 
-    `required` may name "student" and "teacher" (`hf` or `checkpoint`), "data.train_files" and "evaluation.files".
+    `required` may name "student" and "teacher" (`hf` or `checkpoint`), "data.train_files" and "evaluation.files". A
+    teacher is not asked for where the objective has none.
     """
     for name in required:
+        if name == "teacher" and not config.objective.needs_teacher:
+            continue
         if name in ("student", "teacher"):
             model = getattr(config, name)
             _require(model.hf or model.checkpoint, f"give {name}.hf or {name}.checkpoint")

@@ -16,6 +16,12 @@ CurriculumShape = Literal["linear", "sine", "cosine"]
 TeacherFill = Literal["terminal", "argmax"]
 AdaptedModule = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 StateSelection = Literal["one_per_block", "all_steps", "random_mask"]
+ObjectiveName = Literal["on_policy_distillation", "sft", "lift"]
+OffPolicyDecay = Literal["constant", "linear", "cosine"]
+NoiseLevel = Literal["block", "sequence"]
+LossWeight = Literal["none", "1/t"]
+Normaliser = Literal["tokens", "response", "masked"]
+SftPreset = Literal["none", "sdar", "fast_dllm_v2", "dllm", "llada2"]
 Fp8Recipe = Literal["off", "delayed", "tensorwise", "blockwise"]
 Recompute = Literal["none", "selective", "full"]
 
@@ -143,6 +149,8 @@ class DataConfig:
     """JSON, JSONL or Parquet files with a `question` per row (text or chat messages)."""
     max_prompt_tokens: int = 2048
     """Longer prompts are left out and counted."""
+    max_response_tokens: int = 4096
+    """Rows with a longer `response`, end token included, are left out and counted, if the objective reads responses."""
     apply_chat_template: bool = True
     """Wrap each question with the tokenizer's chat template; otherwise it is tokenized as it stands."""
     enable_thinking: bool = False
@@ -211,6 +219,52 @@ class StatesConfig:
     `random_mask`: masks at random, whatever the student visited, as an ablation: not on-policy."""
     shrink: int = 1
     """`all_steps` takes only every so manyth denoising step of a block, from its first one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the student learns from: a teacher, on what it wrote itself, or given responses."""
+
+    name: ObjectiveName = "on_policy_distillation"
+    """`on_policy_distillation`: the teacher's distribution where the student has been. `sft`: cross-entropy on the
+    `response` of each row, at random masks. `lift`: the same at masks that are hard or easy to learn by turns. The last
+    two need no teacher."""
+    off_policy_fraction: float = 0.0
+    """Part of the responses that the student did not write itself, distilled at random masks."""
+    off_policy_decay: OffPolicyDecay = "constant"
+    """How that part goes down to nothing over `off_policy_steps`; `constant` leaves it as it is."""
+    off_policy_steps: int | None = None
+    """Training steps until nothing is off-policy; null for those of the run."""
+    off_policy_source: Literal["teacher", "data"] = "teacher"
+    """Who wrote these responses: the teacher, who decodes them one token after the other, or the rows' `response`."""
+    preset: SftPreset = "none"
+    """Do `sft` as another project does. Decides all the settings below, which must then be left alone, and wants its
+    own `rollout.logit_shift`. The table is in `megatron_opdlm.config.sft_presets`."""
+    noise_level: NoiseLevel = "block"
+    """What shares a noise level t, the probability that a position is masked: each block has its own, or the row."""
+    noise_low: float = 0.001
+    """Lowest noise level; t is uniform between this and `noise_high`."""
+    noise_high: float = 1.0
+    """Highest noise level."""
+    loss_weight: LossWeight = "none"
+    """Of the cross-entropy at a position: 1, or one over the noise level it was masked with."""
+    normaliser: Normaliser = "tokens"
+    """What the weighted sum over a global batch is divided by: `tokens`, the response tokens of all its rows;
+    `response`, each row by its own response tokens, then the number of rows; `masked`, the trained positions."""
+    complementary: bool = False
+    """Train each row a second time with exactly the other positions masked."""
+    train_fill: bool = False
+    """Train the end tokens too that fill up the last block behind the response's own."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the run has a teacher."""
+        return self.name == "on_policy_distillation"
+
+    @property
+    def needs_responses(self) -> bool:
+        """Whether each row of the data must have a `response`."""
+        return not self.needs_teacher or (self.off_policy_fraction > 0 and self.off_policy_source == "data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +400,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     states: StatesConfig = field(default_factory=StatesConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     curricula: CurriculaConfig = field(default_factory=CurriculaConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

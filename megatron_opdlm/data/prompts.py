@@ -1,9 +1,10 @@
 """Prompts as token ids: reading JSON, JSONL and Parquet rows, and tokenizing their questions.
 
 A row is an object with `question` (text, or a list of chat messages) and optionally `domain`, `source`,
-`ground_truth_answer` and `entry`; other keys are ignored. A prompt's id is the number of its row, counted from 0
-through all files in their order. Rows that are too long keep their number and are left out, so what is recorded about
-the other prompts stays with them.
+`ground_truth_answer` and `entry`; other keys are ignored. Where responses are asked for, every row has a `response`
+too, text, which the chat template puts into the assistant's turn (`data.responses`). A prompt's id is the number of its
+row, counted from 0 through all files in their order. Rows that are too long keep their number and are left out, so what
+is recorded about the other prompts stays with them.
 
 Example: a file with the rows `{"question": "1+1=?", "domain": "math"}` and `{"question": [{"role": "user", ...}]}`.
 
@@ -19,9 +20,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_opdlm.data.responses import chat_messages, read_responses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +51,8 @@ class Prompt:
     """As the row has it."""
     entry: Any = None
     """What the verifier of `source` needs to score a response."""
+    response_ids: tuple[int, ...] | None = None
+    """The row's response, which ends with the end token; None where nobody asked for it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class PromptSet:
     """In the order of the rows."""
     num_too_long: int
     """Rows with more than `data.max_prompt_tokens` tokens."""
+    num_long_responses: int = 0
+    """Other rows, with more than `data.max_response_tokens` tokens in the response."""
 
 
 def read_prompts(
@@ -67,12 +74,16 @@ def read_prompts(
     max_prompt_tokens: int,
     apply_chat_template: bool,
     enable_thinking: bool,
+    max_response_tokens: int | None = None,
 ) -> PromptSet:
     """Read and tokenize the prompts of `files`; the settings are those of the `data` section.
 
+    `max_response_tokens` asks for the rows' responses too; None leaves them alone.
+
     Raises:
         ValueError: names the file, the line (JSON and JSONL) or row (Parquet) and the reason: a missing or empty
-            file, an undecodable line, a missing question, a value of the wrong type. Also if no row is short enough.
+            file, an undecodable line, a missing question or response, a value of the wrong type. Also if no row is
+            short enough.
     """
     if apply_chat_template and not tokenizer.chat_template:
         raise ValueError("data.apply_chat_template (true) needs a tokenizer with a chat template; this one has none")
@@ -87,7 +98,16 @@ def read_prompts(
     ]
     if not prompts:
         raise ValueError(f"data.max_prompt_tokens ({max_prompt_tokens}) leaves none of the {len(rows)} prompts")
-    return PromptSet(prompts, num_too_long=len(rows) - len(prompts))
+    num_too_long = len(rows) - len(prompts)
+    if max_response_tokens is None:
+        return PromptSet(prompts, num_too_long)
+    given = [(*rows[prompt.prompt_id], texts[prompt.prompt_id]) for prompt in prompts]
+    responses = read_responses(given, tokenizer, apply_chat_template, enable_thinking)
+    pairs = zip(prompts, responses, strict=True)
+    answered = [replace(prompt, response_ids=ids) for prompt, ids in pairs if len(ids) <= max_response_tokens]
+    if not answered:
+        raise ValueError(f"data.max_response_tokens ({max_response_tokens}) leaves none of the {len(rows)} prompts")
+    return PromptSet(answered, num_too_long, num_long_responses=len(prompts) - len(answered))
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
@@ -196,10 +216,9 @@ def _prompt_text(
         if isinstance(question, list):
             raise ValueError(f"{where}: question is a list of messages, which needs data.apply_chat_template: true")
         return question
-    messages = question if isinstance(question, list) else [{"role": "user", "content": question}]
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+            chat_messages(question), tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
         )
     except TemplateError as error:
         raise ValueError(f"{where}: the chat template refuses the question: {error}") from error

@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_opdlm.config.schema import StatesConfig
+from megatron_opdlm.diffusion.random_masks import draw_masks
 from megatron_opdlm.diffusion.trajectory import sort_steps
 
 
@@ -82,12 +83,7 @@ def _all_steps(steps_MK: torch.Tensor, states: StatesConfig, generator: torch.Ge
 
 
 def _random_mask(steps_MK: torch.Tensor, states: StatesConfig, generator: torch.Generator) -> Masks:
-    num_blocks, block_size = steps_MK.shape
-    noise_M1 = torch.rand(num_blocks, 1, generator=generator, dtype=torch.float64)
-    uniform_MK = torch.rand(num_blocks, block_size, generator=generator, dtype=torch.float64)
-    uniform_MK = uniform_MK.masked_fill(steps_MK == 0, torch.inf)
-    is_lowest_MK = torch.arange(block_size) == uniform_MK.argmin(dim=1, keepdim=True)
-    is_masked_MK = (uniform_MK < noise_M1) | is_lowest_MK
+    is_masked_MK = draw_masks(steps_MK > 0, generator).is_masked_MK
     return Masks(is_masked_MK[None], torch.zeros_like(is_masked_MK)[None])
 
 

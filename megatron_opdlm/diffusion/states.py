@@ -58,7 +58,7 @@ from megatron_opdlm.diffusion.randomness import sequence_generator
 from megatron_opdlm.diffusion.state_selections import Masks, select_masks
 from megatron_opdlm.diffusion.trajectory import Trajectory
 
-ONE_PER_BLOCK = StatesConfig()
+ONE_PER_BLOCK, RANDOM_MASK = StatesConfig(), StatesConfig(selection="random_mask")
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +143,7 @@ class OnPolicyStates:
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
     def _map(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> OnPolicyStates:
-        return OnPolicyStates(**{name: change(name, tensor) for name, tensor in self._tensors()})
+        return type(self)(**{name: change(name, tensor) for name, tensor in self._tensors()})
 
 
 def select_states(
@@ -159,6 +159,8 @@ def select_states(
     step: int,
 ) -> OnPolicyStates:
     """The states of every trajectory, `num_rows` rows each; the rows of a trajectory stand together.
+
+    One that was given, not rolled out, has no states that the student was in: it gets a random mask.
 
     Args:
         trajectories: at least one, all decoded with this `block_size`.
@@ -177,7 +179,8 @@ def select_states(
         assert trajectory.block_size == block_size, f"decoded in blocks of {trajectory.block_size}, not {block_size}"
         numbers = (seed, step, trajectory.prompt_id, trajectory.sample_index)
         generator = sequence_generator(*numbers, purpose="states")
-        masks = select_masks(trajectory.steps_by_block_MK, settings, num_rows=num_rows, generator=generator)
+        selection = RANDOM_MASK if trajectory.is_given else settings
+        masks = select_masks(trajectory.steps_by_block_MK, selection, num_rows=num_rows, generator=generator)
         rows += _rows_of(trajectory, masks, mask_token_id, end_ids)
     clean, noisy, is_trained, is_committed, log_probs = zip(*rows, strict=True)
     by_trajectory_NR = torch.tensor([int(row.is_trained_T.sum()) for row in rows]).view(-1, num_rows)

@@ -31,13 +31,14 @@ Legend: `T` terminal sequence (`P` prompt + `R` response), `M` blocks that hold 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from megatron_opdlm.diffusion.blocks import block_index, block_start
+from megatron_opdlm.diffusion.blocks import block_index, block_start, round_up_to_grid
 
-STOP_REASONS = ("end_token", "length")
+STOP_REASONS = ("end_token", "length", "given")
 _TENSOR_DTYPES = {"terminal_ids_T": torch.int64, "step_map_R": torch.int64, "log_probs_R": torch.float32}
 
 
@@ -62,7 +63,7 @@ class Trajectory:
     response_length: int
     """Response tokens that count: up to and including the first end token, cut at the length limit."""
     stop_reason: str
-    """One of `STOP_REASONS`: "end_token", or "length" where the limit came first."""
+    """One of `STOP_REASONS`: "end_token", "length" where the limit came first, or "given" if it was not rolled out."""
     domain: str
     """Of the prompt; "" if its row names none."""
 
@@ -77,6 +78,49 @@ class Trajectory:
         assert 1 <= self.response_length <= num_response, f"{self.response_length} of {num_response} tokens count"
         assert int(self.step_map_R.min()) >= 1, "steps count from 1, and every response token was committed in one"
         assert self.stop_reason in STOP_REASONS, f"{self.stop_reason} is not one of {STOP_REASONS}"
+
+    @classmethod
+    def given(
+        cls,
+        *,
+        prompt_id: int,
+        sample_index: int,
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        max_new_tokens: int,
+        fill_token_id: int,
+        block_size: int,
+        domain: str,
+    ) -> Trajectory:
+        """A sequence that the student did not write, on its grid. `response_ids` must not be empty.
+
+        At most `max_new_tokens` of the response count; what follows them in the last block are its own tokens. Where
+        these run out, `fill_token_id` follows, an end token: the likeliest thing for the student itself to write there.
+        The step map and the log-probabilities mean nothing.
+        """
+        num_counted = min(len(response_ids), max_new_tokens)
+        num_tokens = round_up_to_grid(len(prompt_ids) + num_counted, block_size)
+        ids_T = torch.full((num_tokens,), fill_token_id, dtype=torch.int64)
+        written = torch.tensor([*prompt_ids, *response_ids][:num_tokens], dtype=torch.int64)
+        ids_T[: len(written)] = written
+        num_response = num_tokens - len(prompt_ids)
+        return cls(
+            prompt_id=prompt_id,
+            sample_index=sample_index,
+            prompt_length=len(prompt_ids),
+            block_size=block_size,
+            terminal_ids_T=ids_T,
+            step_map_R=torch.ones(num_response, dtype=torch.int64),
+            log_probs_R=torch.zeros(num_response),
+            response_length=num_counted,
+            stop_reason="given",
+            domain=domain,
+        )
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the student did not write it."""
+        return self.stop_reason == "given"
 
     @property
     def response_ids(self) -> torch.Tensor:

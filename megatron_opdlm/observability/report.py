@@ -20,8 +20,9 @@ from megatron_opdlm.observability.plots import line_plot, stacked_plot
 from megatron_opdlm.observability.writers import read_records
 
 CURVES = {
-    "train/loss": ("Loss", "Mean divergence from the teacher at trained positions."),
+    "train/loss": ("Loss", "Mean divergence from the teacher at trained positions, or cross-entropy of given tokens."),
     "train/teacher_agreement": ("Agreement with the teacher", "Share of trained positions with the same top token."),
+    "train/token_accuracy": ("Given tokens hit", "Share of trained positions whose token is the student's top token."),
     "rollout/tokens_per_step": ("Tokens per denoising step", "Counted response tokens per forward of the student."),
     "rollout/response_length": ("Response length", "Tokens up to and including the end token."),
     "train/grad_norm": ("Gradient norm", "Before clipping."),
@@ -29,7 +30,7 @@ CURVES = {
 }
 """Metric -> title and explanation of its curve."""
 
-PHASES = ("rollout", "balance", "teacher", "student", "optimizer", "checkpoint")
+PHASES = ("rollout", "balance", "teacher", "scoring", "student", "optimizer", "checkpoint")
 
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --text: #1c1f23; --quiet: #5d646d; --line: #dfe3e8; }

@@ -85,14 +85,22 @@ class RolloutEngine:
         All ranks must call it with the same tasks; without `groups` those of a tensor- and of a pipeline-parallel
         group, and ranks that share experts with any tasks, also none. ValueError if the cache cannot hold the longest.
         """
+        return list(self.generate_some(dict(enumerate(tasks)), step, dynamic_threshold).values())
+
+    @torch.no_grad()
+    def generate_some(
+        self, tasks: dict[int, RolloutTask], step: int, dynamic_threshold: float | None = None
+    ) -> dict[int, Trajectory]:
+        """`generate` for some tasks of a list, by their places in it; `share` of the whole list says who gets which."""
+        places, tasks = list(tasks), list(tasks.values())
         queue = WorkQueue([len(task.prompt.token_ids) + task.max_new_tokens for task in tasks], self._group)
         requests = [self._request(index, task, step) for index, task in enumerate(tasks)]
         threshold = self.rollout.dynamic_threshold if dynamic_threshold is None else dynamic_threshold
         rollout = replace(self.rollout, dynamic_threshold=threshold)
         generation = Generation(self.model, rollout, self.special, requests, queue, self.show_progress)
-        finished = generation.run()
+        finished = {places[index]: trajectory for index, trajectory in generation.run().items()}
         self.statistics = generation.statistics
-        return [trajectory for _, trajectory in sorted(self._bring_home(finished).items())]
+        return dict(sorted(self._bring_home(finished).items()))
 
     def _request(self, index: int, task: RolloutTask, step: int) -> DecodingRequest:
         prompt, seed = task.prompt, self.seed if task.seed is None else task.seed

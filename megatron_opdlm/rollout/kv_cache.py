@@ -25,7 +25,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from megatron_opdlm.models.attention.core_attention import BlockDiffusionCoreAttention
+from megatron_opdlm.models.attention.core_attention import CoreAttention
 from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.parallel.device import to_device
 
@@ -148,9 +148,9 @@ class KeyValueCache:
 
 @contextmanager
 def attached(model: PipelineModel, cache: KeyValueCache) -> Iterator[None]:
-    """While it lasts, the student's core attention decodes against `cache`."""
-    cores = [module for module in model.modules() if isinstance(module, BlockDiffusionCoreAttention)]
-    assert cores, "only a student has block-diffusion attention to attach a cache to"
+    """While it lasts, the model's core attention decodes against `cache`."""
+    cores = [module for module in model.modules() if isinstance(module, CoreAttention)]
+    assert cores, "no attention to attach a cache to"
     for core in cores:
         core.cache = cache
     try:

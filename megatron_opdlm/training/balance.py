@@ -171,4 +171,4 @@ def _from_bytes(bytes_BX: torch.Tensor, like: OnPolicyStates, width: int) -> OnP
         # A copy begins at an address where numbers of any type may lie.
         values_BN = column_BN.clone(memory_format=torch.contiguous_format).view(tensor.dtype)
         values[name] = values_BN if tensor.dim() == 2 else values_BN.squeeze(1)
-    return OnPolicyStates(**values)
+    return type(like)(**values)

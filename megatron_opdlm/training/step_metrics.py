@@ -1,6 +1,6 @@
 """What a training step tells: quality of the rollout, loss, costs; and totals over the run.
 
-metrics = StepMetrics(student_architecture, teacher_architecture, groups)
+metrics = StepMetrics(student_architecture, teacher_architecture, groups=groups)
 metrics.of_step(trajectories, states, step_sums, timers.seconds(), lr=1e-5, length_limit=256, dynamic_threshold=0.9)
 """
 
@@ -22,10 +22,14 @@ from megatron_opdlm.training.balance import TokenImbalance
 class StepMetrics:
     """Turns a step's trajectories and sums into named numbers, the same on all data- and context-parallel ranks."""
 
-    def __init__(self, student: Qwen3Architecture, teacher: Qwen3Architecture, groups: ProcessGroupCollection) -> None:
-        self.student, self.teacher = _shape(student), _shape(teacher)
+    def __init__(
+        self, student: Qwen3Architecture, teacher: Qwen3Architecture | None = None, *, groups: ProcessGroupCollection
+    ) -> None:
+        self.student, self.teacher = _shape(student), None if teacher is None else _shape(teacher)
         self.student_parameters = throughput.num_active_parameters(self.student, student.tie_word_embeddings)
-        self.teacher_parameters = throughput.num_active_parameters(self.teacher, teacher.tie_word_embeddings)
+        self.teacher_parameters = (
+            0 if teacher is None else throughput.num_active_parameters(self.teacher, teacher.tie_word_embeddings)
+        )
         self.groups = groups
         self.totals = dict.fromkeys(("rollout/total_tokens", "perf/total_paper_flops", "perf/total_true_flops"), 0.0)
 
@@ -63,14 +67,17 @@ class StepMetrics:
             local.add("moe/max_expert_load", max_expert_load)
         # Ranks that share sequences have the same trajectories, but each has decoded some of its own.
         values = _of_all(local, self.groups.dp) | _of_all(rollout_metrics or MetricAccumulator(), self.groups.dp_cp)
-        values |= {"train/lr": lr, "rollout/length_limit": length_limit, "rollout/dynamic_threshold": dynamic_threshold}
+        values["train/lr"] = lr
+        if "rollout/tokens" in values:
+            values |= {"rollout/length_limit": length_limit, "rollout/dynamic_threshold": dynamic_threshold}
+        num_tokens = values.get("rollout/tokens", 0) + values.get("data/response_tokens", 0)
         values |= {f"perf/seconds_{phase}": value for phase, value in seconds.items()}
         values["perf/paper_flops"] = throughput.paper_flops(
-            self.student_parameters, self.teacher_parameters, int(values["rollout/tokens"])
+            self.student_parameters, self.teacher_parameters, int(num_tokens)
         )
-        values["perf/tokens_per_second"] = values["rollout/tokens"] / seconds["total"]
+        values["perf/tokens_per_second"] = num_tokens / seconds["total"]
         for total in self.totals:
-            self.totals[total] += values[total.replace("total_", "")]
+            self.totals[total] += values.get(total.replace("total_", ""), 0.0)
         return values | self.totals
 
     def state_dict(self) -> dict[str, float]:
@@ -83,6 +90,10 @@ class StepMetrics:
         self.totals = dict(state)
 
     def _add_trajectory(self, metrics: MetricAccumulator, trajectory: Trajectory) -> None:
+        if trajectory.is_given:
+            metrics.add("data/response_length", trajectory.response_length)
+            metrics.add_sum("data/response_tokens", trajectory.response_length)
+            return
         metrics.add("rollout/tokens_per_step", trajectory.tokens_per_step, weight=trajectory.num_steps)
         metrics.add("rollout/steps_per_block", trajectory.num_steps / trajectory.num_blocks)
         metrics.add("rollout/response_length", trajectory.response_length)
@@ -101,12 +112,15 @@ class StepMetrics:
         )
 
     def _learning_flops(self, states: OnPolicyStates, block_size: int) -> int:
-        """The teacher's forward over each row and the student's training on it, without padding."""
-        return sum(
-            throughput.teacher_flops(self.teacher, num_tokens, num_trained)
-            + throughput.student_training_flops(self.student, num_tokens, num_trained, block_size)
-            for num_tokens, num_trained in zip(states.lengths_B.tolist(), states.num_trained_B.tolist(), strict=True)
-        )
+        """The teacher's forward over each row and the student's training on it, without padding.
+
+        Left out is what ablations spend besides: a teacher that decodes, a student that scores its masks.
+        """
+        sizes = list(zip(states.lengths_B.tolist(), states.num_trained_B.tolist(), strict=True))
+        training = sum(throughput.student_training_flops(self.student, *size, block_size) for size in sizes)
+        if self.teacher is None:
+            return training
+        return training + sum(throughput.teacher_flops(self.teacher, *size) for size in sizes)
 
 
 def _of_all(local: MetricAccumulator, group: dist.ProcessGroup) -> dict[str, float]:
@@ -120,13 +134,15 @@ def _of_all(local: MetricAccumulator, group: dist.ProcessGroup) -> dict[str, flo
 
 def _add_sums(metrics: MetricAccumulator, sums: dict[str, float]) -> None:
     metrics.add("train/grad_norm", sums["grad_norm"])
-    metrics.add("train/loss", sums["loss"] / sums["rows"], weight=sums["rows"])
+    if sums["rows"]:
+        metrics.add("train/loss", sums["loss"] / sums["rows"], weight=sums["rows"])
     metrics.add_sum("train/trained_tokens", sums["trained_tokens"])
     for name, total, count in (
         ("train/teacher_agreement", "agreements", "trained_tokens"),
         ("train/on_policy_gap", "on_policy_gap", "committed_tokens"),
+        ("train/token_accuracy", "likeliest_tokens", "trained_tokens"),
     ):
-        if sums[count]:
+        if total in sums and sums[count]:
             metrics.add(name, sums[total] / sums[count], weight=sums[count])
 
 

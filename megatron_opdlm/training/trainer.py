@@ -1,4 +1,4 @@
-"""The training loop: roll out, select states, learn them, save.
+"""The training loop: get sequences, select states, learn them, save.
 
     trainer = Trainer(config)
     trainer.run()
@@ -31,10 +31,10 @@ from megatron_opdlm.config.load import save_config
 from megatron_opdlm.config.schema import Config
 from megatron_opdlm.data.prompts import Prompt, read_prompts
 from megatron_opdlm.data.sampler import PromptStream
-from megatron_opdlm.diffusion.state_selections import rows_per_trajectory
-from megatron_opdlm.diffusion.states import OnPolicyStates, select_states
-from megatron_opdlm.diffusion.trajectory import Trajectory
+from megatron_opdlm.diffusion.states import OnPolicyStates
 from megatron_opdlm.models.fp8 import load_scaling_state, scaling_state
+from megatron_opdlm.objectives.objective import Parts
+from megatron_opdlm.objectives.table import OBJECTIVES
 from megatron_opdlm.observability.report import write_report
 from megatron_opdlm.observability.timers import PhaseTimers
 from megatron_opdlm.observability.writers import build_writers
@@ -64,13 +64,14 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
         source = open_student(config.student, config.rollout.stop_token_ids)
-        teacher_source = open_teacher(config.teacher, source)
-        check_experts(config, source.architecture, teacher_source.architecture)
+        teacher_source = open_teacher(config.teacher, source) if config.objective.needs_teacher else None
+        architectures = [source.architecture] + ([teacher_source.architecture] if teacher_source else [])
+        check_experts(config, *architectures)
         self.prompts = self._read_prompts(source.tokenizer)
         self.groups = initialize(config.parallel, config.training.seed)
-        num_rows = padded_vocab_size(config, source.architecture, teacher_source.architecture)
+        num_rows = padded_vocab_size(config, *architectures)
         model = build_student(source, config, self.groups, num_rows)
-        teacher = build_teacher(teacher_source, config, self.groups, num_rows)
+        teacher = build_teacher(teacher_source, config, self.groups, num_rows) if teacher_source else None
         self.source, self.special = source, source.special
         training = config.training
         num_optimizer_steps = training.max_steps * (self._num_responses // training.global_batch_size)
@@ -84,19 +85,19 @@ class Trainer:
             show_progress=config.logging.progress_bar and dist.get_rank() == 0,
         )
         self.timers = PhaseTimers(torch.cuda.synchronize)
-        self.metrics = StepMetrics(source.architecture, teacher_source.architecture, self.groups)
-        shard = self._vocabulary_shard(num_rows, teacher_source.architecture.vocab_size)
+        self.metrics = StepMetrics(*architectures, groups=self.groups)
         self.expert_load = ExpertLoad(model, self.groups)
-        self.train_step = TrainStep(
-            self.student,
-            teacher,
-            shard,
-            config.divergence,
-            config.rollout,
-            self.timers,
-            self.expert_load,
-            config.teacher.fill,
+        parts = Parts(
+            config=config,
+            student=model,
+            teacher=teacher,
+            engine=self.engine,
+            shard=self._vocabulary_shard(num_rows, min(shape.vocab_size for shape in architectures)),
+            special=self.special,
+            groups=self.groups,
         )
+        self.objective = OBJECTIVES[config.objective.name](parts)
+        self.train_step = TrainStep(self.student, self.objective, self.timers, self.expert_load)
         self.prompt_stream = PromptStream(len(self.prompts), training.num_prompts_per_step, training.seed)
         self.step = 0
         self._resume()
@@ -125,17 +126,17 @@ class Trainer:
             write_report(directory)
 
     def _one_step(self) -> dict[str, float]:
-        """The algorithm: a rollout, its states, one optimizer step per global batch."""
+        """The algorithm: a rollout (or given sequences), its states, one optimizer step per global batch."""
         with self.timers.phase("total"):
             limit = max_new_tokens_at(self.step, self.config.curricula, self.config.rollout)
             threshold = dynamic_threshold_at(self.step, self.config.curricula, self.config.rollout)
             tasks = self._tasks(self.prompt_stream.next_batch(), limit)
             with self.timers.phase("rollout"):
-                trajectories = self.engine.generate(tasks, self.step, threshold)
-            states = self._select_states(trajectories)
+                trajectories = self.objective.terminal_sequences(tasks, self.step, threshold)
+            states = self.objective.select_states(trajectories, self.step)
             with self.timers.phase("balance"):
                 states, imbalances = balance_rows(
-                    states, self.config.training, self.groups.dp, self._rows_per_trajectory
+                    states, self.config.training, self.groups.dp, self.objective.rows_per_response
                 )
             step_sums = [self.train_step(micro_batches) for micro_batches in self._global_batches(states)]
             wait_for_weights(self.student)
@@ -150,7 +151,7 @@ class Trainer:
             length_limit=limit,
             dynamic_threshold=threshold,
             imbalances=imbalances,
-            rollout_metrics=self.engine.statistics.metrics(),
+            rollout_metrics=self.objective.rollout_metrics(),
             max_expert_load=self.expert_load.take(),
         )
 
@@ -172,27 +173,10 @@ class Trainer:
         """Of a step, over all data-parallel ranks."""
         return self.config.training.num_prompts_per_step * self.config.rollout.num_responses_per_prompt
 
-    @property
-    def _rows_per_trajectory(self) -> int:
-        return rows_per_trajectory(self.config.states, self.config.rollout.denoising_steps_per_block)
-
-    def _select_states(self, trajectories: list[Trajectory]) -> OnPolicyStates:
-        return select_states(
-            trajectories,
-            self.config.states,
-            num_rows=self._rows_per_trajectory,
-            block_size=self.config.rollout.block_size,
-            mask_token_id=self.special.mask_token_id,
-            end_token_ids=self.special.end_token_ids,
-            pad_token_id=self.special.pad_token_id,
-            seed=self.config.training.seed,
-            step=self.step,
-        )
-
     def _global_batches(self, states: OnPolicyStates) -> list[list[OnPolicyStates]]:
         """This rank's rows of each global batch as micro-batches of rows of similar length, on the device."""
         training = self.config.training
-        rows_per_step = training.global_batch_size * self._rows_per_trajectory // self.groups.dp.size()
+        rows_per_step = training.global_batch_size * self.objective.rows_per_response // self.groups.dp.size()
         batches = []
         for begin in range(0, states.num_rows, rows_per_step):
             rows = states.rows(slice(begin, begin + rows_per_step))
@@ -208,18 +192,22 @@ class Trainer:
             max_prompt_tokens=data.max_prompt_tokens,
             apply_chat_template=data.apply_chat_template,
             enable_thinking=data.enable_thinking,
+            max_response_tokens=data.max_response_tokens if self.config.objective.needs_responses else None,
         )
         if read.num_too_long:
             logger.info("%d prompts of over %d tokens are left out", read.num_too_long, data.max_prompt_tokens)
+        if read.num_long_responses:
+            message = "%d prompts with responses of over %d tokens are left out"
+            logger.info(message, read.num_long_responses, data.max_response_tokens)
         return read.prompts
 
-    def _vocabulary_shard(self, num_rows: int, teacher_vocab_size: int) -> VocabularyShard:
+    def _vocabulary_shard(self, num_rows: int, vocab_size: int) -> VocabularyShard:
         rows = num_rows // self.groups.tp.size()
         return VocabularyShard(
             first=self.groups.tp.rank() * rows,
             num_rows=rows,
             # a mask token without a row at the teacher lies behind its vocabulary, and takes no part anyway
-            vocab_size=min(self.special.vocab_size, teacher_vocab_size),
+            vocab_size=vocab_size,
             mask_token_id=self.special.mask_token_id,
             group=self.groups.tp,
         )
@@ -273,7 +261,7 @@ class Trainer:
             "student %.3g and teacher %.3g parameters on the first of %d tensor- x %d context- x %d pipeline-parallel "
             "ranks",
             parameter_count(model),
-            parameter_count(teacher),
+            parameter_count(teacher) if teacher else 0,
             self.groups.tp.size(),
             self.groups.cp.size(),
             self.groups.pp.size(),
@@ -289,7 +277,9 @@ class Trainer:
 
 
 def _summary(metrics: dict[str, float]) -> str:
+    """What there is no figure of, such as a loss where nothing was trained, is nan."""
+    nan = float("nan")
     return (
-        f"loss {metrics['train/loss']:.4f}, {metrics['rollout/tokens_per_step']:.2f} tokens/step, "
-        f"agreement {metrics.get('train/teacher_agreement', float('nan')):.3f}"  # absent if nothing was trained
+        f"loss {metrics.get('train/loss', nan):.4f}, {metrics.get('rollout/tokens_per_step', nan):.2f} tokens/step, "
+        f"agreement {metrics.get('train/teacher_agreement', nan):.3f}"
     )

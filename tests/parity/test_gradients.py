@@ -105,7 +105,7 @@ def make_trainer(folders: dict, root: Path, case: dict):
 
 def roll_out_states(trainer):
     tasks = trainer._tasks(trainer.prompt_stream.next_batch(), 12)
-    return trainer._select_states(trainer.engine.generate(tasks, trainer.step))
+    return trainer.objective.select_states(trainer.engine.generate(tasks, trainer.step), trainer.step)
 
 
 def megatron_gradients(trainer, states) -> tuple[Gradients, dict[str, float]]:

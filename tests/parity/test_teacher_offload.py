@@ -23,17 +23,17 @@ def test_gradients_are_the_same_to_the_bit_and_memory_is_free_outside_the_forwar
     folders, world_of_one, tmp_path, monkeypatch, tie, stays
 ):
     from megatron_opdlm.models.build import Qwen3Model
-    from megatron_opdlm.training import train_step
+    from megatron_opdlm.objectives import on_policy_distillation
 
     folders = folders | {"teacher": folders[tie]}
-    forward, loss = Qwen3Model.forward, train_step.distillation_loss
+    forward, loss = Qwen3Model.forward, on_policy_distillation.distillation_loss
     in_teachers_forward, in_students_forward, in_loss = [], [], []
     with layout(ParallelConfig()):
         plain = make_trainer(folders, tmp_path / "plain", {"micro_batch_size": 2})
         states = roll_out_states(plain)
         expected, expected_sums = megatron_gradients(plain, states)
         trainer = make_trainer(folders, tmp_path / "offload", {"micro_batch_size": 2, "offload": True})
-        teacher = trainer.train_step.teacher
+        teacher = trainer.objective.teacher
 
         def noting_forward(chunk, *arguments):
             seen = in_teachers_forward if chunk in teacher.chunks else in_students_forward
@@ -45,7 +45,7 @@ def test_gradients_are_the_same_to_the_bit_and_memory_is_free_outside_the_forwar
             return loss(*arguments)
 
         monkeypatch.setattr(Qwen3Model, "forward", noting_forward)
-        monkeypatch.setattr(train_step, "distillation_loss", noting_loss)
+        monkeypatch.setattr(on_policy_distillation, "distillation_loss", noting_loss)
         actual, sums = megatron_gradients(trainer, states)
     assert sums == expected_sums
     for name, gradient in expected.items():
@@ -63,5 +63,5 @@ def test_a_call_of_an_offloaded_model_brings_its_weights_along(folders, world_of
             make_trainer(folders, tmp_path / str(offload), {"micro_batch_size": 2, "offload": offload})
             for offload in (False, True)
         )
-        assert hosted.train_step.teacher(ids, positions, None).equal(plain.train_step.teacher(ids, positions, None))
-    assert resident_names(hosted.train_step.teacher) == {"output_layer.weight"}
+        assert hosted.objective.teacher(ids, positions, None).equal(plain.objective.teacher(ids, positions, None))
+    assert resident_names(hosted.objective.teacher) == {"output_layer.weight"}

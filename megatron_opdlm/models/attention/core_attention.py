@@ -4,7 +4,7 @@ Both take Megatron's `[S, B, heads, D]` queries, keys and values after QK-norm a
 Where ranks share sequences, `S` is this rank's part of the positions; in between, it attends to all positions of its
 part of the heads (`parallel.context_link`). The student's input is either two streams stacked in the batch dimension
 (training) or a flat list of tokens that a key-value cache knows how to place (rollout); the same weights, the same
-module.
+module. The teacher's is rows, or such a list where it decodes: then the cache's blocks are single tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_opdlm.parallel.context_link import ContextLink
 
 
 class KeyValueCache(Protocol):
-    """What the student's core attention needs of a cache while it decodes."""
+    """What core attention needs of a cache while its model decodes."""
 
     def attend(
         self, layer_number: int, query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, scale: float
@@ -32,7 +32,10 @@ class KeyValueCache(Protocol):
 
 
 class CoreAttention(MegatronModule):
-    """What both share: the constructor that Megatron's specs call, the softmax scale, the link of shared sequences."""
+    """What both share: the constructor that Megatron's specs call, the softmax scale, the link of shared sequences.
+
+    While a model decodes, it has a key-value `cache`.
+    """
 
     def __init__(
         self,
@@ -46,6 +49,11 @@ class CoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.context = ContextLink(None if pg_collection is None else pg_collection.cp)
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.cache: KeyValueCache | None = None
+
+    def attend_to_cache(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """`[T, 1, heads, D]` -> `[T, 1, heads * D]`, with a cache attached."""
+        return self.cache.attend(self.layer_number, query[:, 0], key[:, 0], value[:, 0], self.scale).flatten(1)[:, None]
 
 
 class BlockDiffusionCoreAttention(CoreAttention):
@@ -68,7 +76,6 @@ class BlockDiffusionCoreAttention(CoreAttention):
         super().__init__(config, layer_number, **kwargs)
         self.backend = backend.for_layer(config, layer_number)
         self.block_size = block_size
-        self.cache: KeyValueCache | None = None
 
     def forward(
         self,
@@ -81,8 +88,7 @@ class BlockDiffusionCoreAttention(CoreAttention):
     ) -> torch.Tensor:
         """`[S, 2B, heads, D]` with lengths `[B]` as the mask, or `[T, 1, heads, D]` with a cache attached."""
         if self.cache is not None:
-            attended = self.cache.attend(self.layer_number, query[:, 0], key[:, 0], value[:, 0], self.scale)
-            return attended.flatten(1)[:, None]
+            return self.attend_to_cache(query, key, value)
         query, key, value = self.context.whole_sequences(query, key, value)
         # [S, 2B, heads, D] -> three tensors [B, S, heads, D] for each stream
         clean, noisy = zip(*(x.transpose(0, 1).chunk(2) for x in (query, key, value)), strict=True)
@@ -109,7 +115,9 @@ class CausalCoreAttention(CoreAttention):
         /,
         **_: object,
     ) -> torch.Tensor:
-        """`[S, B, heads, D]` -> `[S, B, heads * D]`."""
+        """`[S, B, heads, D]` -> `[S, B, heads * D]`, or `[T, 1, heads, D]` with a cache attached."""
+        if self.cache is not None:
+            return self.attend_to_cache(query, key, value)
         if attention_mask is not None:
             return self._attend_under(attention_mask, query, key, value)
         query, key, value = (x.permute(1, 2, 0, 3) for x in self.context.whole_sequences(query, key, value))

@@ -50,7 +50,7 @@ def groups() -> SimpleNamespace:
 
 @pytest.fixture
 def metrics(world_of_one) -> StepMetrics:
-    return StepMetrics(ARCHITECTURE, ARCHITECTURE, groups())
+    return StepMetrics(ARCHITECTURE, ARCHITECTURE, groups=groups())
 
 
 def sums(loss: float, rows: int, trained: int, agreements: int, gap: float, committed: int) -> dict[str, float]:
@@ -112,6 +112,6 @@ def test_the_threshold_is_logged(metrics):
 
 def test_totals_go_on_from_a_saved_state(metrics):
     first = of_step(metrics)
-    resumed = StepMetrics(ARCHITECTURE, ARCHITECTURE, groups())
+    resumed = StepMetrics(ARCHITECTURE, ARCHITECTURE, groups=groups())
     resumed.load_state_dict(metrics.state_dict())
     assert of_step(resumed)["rollout/total_tokens"] == 2 * first["rollout/total_tokens"]
