@@ -83,3 +83,11 @@ def write_prompts(path: Path, num: int) -> Path:
     rows = [{"question": "+".join(str((7 * i + j) % 100) for j in range(2 + i % 4)) + "="} for i in range(num)]
     path.write_text("".join(json.dumps(row | {"domain": "math"}) + "\n" for row in rows))
     return path
+
+
+def write_answered_prompts(path: Path, num: int) -> Path:
+    """Sums of varying length, each with its result as the `response`."""
+    terms = [[(7 * i + j) % 100 for j in range(2 + i % 4)] for i in range(num)]
+    rows = [{"question": "+".join(map(str, row)) + "=", "response": f"{row[0]} and so on, {sum(row)}"} for row in terms]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

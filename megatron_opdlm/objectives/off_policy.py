@@ -42,14 +42,16 @@ def off_policy_fraction_at(step: int, objective: ObjectiveConfig, max_steps: int
     return objective.off_policy_fraction * DECAYS[objective.off_policy_decay](progress)
 
 
-def given_response(task: RolloutTask, response_ids: Sequence[int], block_size: int, fill_token_id: int) -> Trajectory:
-    """A response to the task that the student did not write, on its grid, cut at the task's `max_new_tokens`."""
+def given_response(
+    task: RolloutTask, response_ids: Sequence[int], max_new_tokens: int, block_size: int, fill_token_id: int
+) -> Trajectory:
+    """A response to the task that the student did not write, on its grid, of which `max_new_tokens` count at most."""
     return Trajectory.given(
         prompt_id=task.prompt.prompt_id,
         sample_index=task.sample_index,
         prompt_ids=task.prompt.token_ids,
         response_ids=response_ids,
-        max_new_tokens=task.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         fill_token_id=fill_token_id,
         block_size=block_size,
         domain=task.prompt.domain,
@@ -99,7 +101,9 @@ class OffPolicyMixture:
                 written = self.teacher_engine.generate_some(longer, step)
             responses = {place: trajectory.response_ids.tolist() for place, trajectory in written.items()}
         return {
-            place: given_response(tasks[place], response_ids, self.block_size, self.fill_token_id)
+            place: given_response(
+                tasks[place], response_ids, tasks[place].max_new_tokens, self.block_size, self.fill_token_id
+            )
             for place, response_ids in responses.items()
         }
 

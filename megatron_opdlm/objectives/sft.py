@@ -41,7 +41,7 @@ class Sft(Objective):
         """The limits of the rollout do not count: `data.max_response_tokens` does, where the data is read."""
         block_size, fill_token_id = self.config.rollout.block_size, self.special.end_token_ids[0]
         return [
-            given_response(task, task.prompt.response_ids, block_size, fill_token_id)
+            given_response(task, task.prompt.response_ids, len(task.prompt.response_ids), block_size, fill_token_id)
             for task in self.engine.share(tasks)
         ]
 
