@@ -25,6 +25,7 @@ from megatron_opdlm.data.special_tokens import SpecialTokens
 from megatron_opdlm.diffusion.states import OnPolicyStates
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.models.pipeline import PipelineModel
+from megatron_opdlm.observability.metrics import MetricAccumulator
 from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
 from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
 
@@ -91,6 +92,6 @@ class Objective(ABC):
         `hidden_TBH` are the student's outputs, of the clean rows, then of the noisy ones.
         """
 
-    def rollout_metrics(self) -> dict[str, float]:
-        """Of the latest `terminal_sequences`, on this rank; the same names on all ranks."""
-        return {}
+    def rollout_metrics(self) -> MetricAccumulator:
+        """Of the latest `terminal_sequences`, on this rank."""
+        return MetricAccumulator()

@@ -26,6 +26,7 @@ from megatron_opdlm.diffusion.blocks import round_up_to_grid
 from megatron_opdlm.diffusion.randomness import sequence_generator
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.objectives.objective import Parts
+from megatron_opdlm.observability.metrics import MetricAccumulator
 from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
 
 DECAYS: dict[str, Callable[[float], float]] = {
@@ -67,7 +68,7 @@ class OffPolicyMixture:
         self.engine, self.teacher = parts.engine, parts.teacher
         reads_data = self.objective.off_policy_source == "data"
         self.teacher_engine = None if reads_data else _autoregressive_engine(parts)
-        self._metrics: dict[str, float] = {}
+        self._metrics = MetricAccumulator()
 
     def terminal_sequences(
         self, tasks: list[RolloutTask], step: int, dynamic_threshold: float | None
@@ -79,11 +80,11 @@ class OffPolicyMixture:
         # Where nothing is to be decoded all ranks know it, and none of them begins.
         made = self.engine.generate_some(own, step, dynamic_threshold) if own else {}
         made |= self._written_by_others(others, step) if others else {}
-        self._metrics = self.engine.statistics.metrics() if own else {}
-        self._metrics["rollout/off_policy_fraction"] = len(others) / len(tasks)
+        self._metrics = self.engine.statistics.metrics() if own else MetricAccumulator()
+        self._metrics.add("rollout/off_policy_fraction", len(others) / len(tasks))
         return [made[place] for place in self.engine.share(list(range(len(tasks))))]
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> MetricAccumulator:
         """Of the latest call on this rank."""
         return self._metrics
 

@@ -18,6 +18,7 @@ from megatron_opdlm.distillation.loss import SUMS, distillation_loss
 from megatron_opdlm.distillation.teacher import teacher_hidden_states
 from megatron_opdlm.objectives.objective import MicroBatch, Objective, Parts
 from megatron_opdlm.objectives.off_policy import OffPolicyMixture
+from megatron_opdlm.observability.metrics import MetricAccumulator
 from megatron_opdlm.rollout.engine import RolloutTask
 
 
@@ -80,5 +81,5 @@ class OnPolicyDistillation(Objective):
             self.student, self.teacher, hidden_TBH, targets, states, self.shard, config.divergence, config.rollout
         )
 
-    def rollout_metrics(self) -> dict[str, float]:
+    def rollout_metrics(self) -> MetricAccumulator:
         return self.engine.statistics.metrics() if self.mixture is None else self.mixture.metrics()
