@@ -260,7 +260,9 @@ def build_ours(sizes: Sizes, folder: Path) -> Variant:
         (targets_NH,) = teacher_hidden_states(teacher, [states])
         hidden_TBH = student(torch.cat([states.clean_ids_BT, states.noisy_ids_BT]), positions_T, states.lengths_B)
         rollout = RolloutConfig(block_size=BLOCK_SIZE)
-        return distillation_loss(student, teacher, hidden_TBH, targets_NH, states, shard, divergence, rollout)[0]
+        return distillation_loss(
+            student, teacher, hidden_TBH, targets_NH, states, shard, divergence, rollout, "sequence"
+        )[0]
 
     (whole,) = student.chunks
     return Variant(whole, loss)

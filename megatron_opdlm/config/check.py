@@ -182,6 +182,34 @@ def _check_sampling(rollout: RolloutConfig) -> None:
 def _check_divergence(divergence: DivergenceConfig) -> None:
     _at_least(0, "divergence", top_k=divergence.top_k)
     _at_least(1, "divergence", chunk_size=divergence.chunk_size)
+    _within(0, 1, "divergence", reverse_weight=divergence.reverse_weight)
+    kind, alpha, tail = divergence.kind, divergence.jsd_alpha, divergence.top_k_tail
+    _require(0 < alpha < 1, f"divergence.jsd_alpha ({alpha}) must be over 0 and below 1: at both ends JSD is zero")
+    _require(
+        divergence.top_k == 0 or tail != "none" or kind == "forward_kl",
+        f"divergence.top_k_tail ({tail}) must be renormalize or bucket under divergence.kind ({kind}): only forward_kl "
+        "is defined for a sum that is not normalised",
+    )
+    _check_target(divergence)
+
+
+def _check_target(divergence: DivergenceConfig) -> None:
+    """The filters on the teacher's distribution. Over a token that they leave no probability reverse KL is infinite."""
+    temperature, top_p = divergence.teacher_temperature, divergence.teacher_top_p
+    _require(
+        0 < temperature < math.inf,
+        f"divergence.teacher_temperature ({temperature}) must be over 0; for the argmax divergence.teacher_top_k is 1",
+    )
+    _at_least(0, "divergence", teacher_top_k=divergence.teacher_top_k)
+    _require(0 < top_p <= 1, f"divergence.teacher_top_p ({top_p}) must be over 0 and at most 1")
+    _within(0, 1, "divergence", teacher_min_p=divergence.teacher_min_p)
+    for name, no_filter in (("teacher_top_k", 0), ("teacher_top_p", 1), ("teacher_min_p", 0)):
+        value, kind = getattr(divergence, name), divergence.kind
+        _require(
+            value == no_filter or kind in ("forward_kl", "jsd"),
+            f"divergence.{name} ({value}) must be {no_filter} under divergence.kind ({kind}): KL(student || teacher) "
+            "is infinite where the teacher has no probability",
+        )
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:

@@ -24,6 +24,9 @@ Normaliser = Literal["tokens", "response", "masked"]
 SftPreset = Literal["none", "sdar", "fast_dllm_v2", "dllm", "llada2"]
 Fp8Recipe = Literal["off", "delayed", "tensorwise", "blockwise"]
 Recompute = Literal["none", "selective", "full"]
+DivergenceKind = Literal["forward_kl", "reverse_kl", "mixture", "jsd"]
+TopKTail = Literal["none", "renormalize", "bucket"]
+LossReduction = Literal["sequence", "token"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,13 +272,35 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DivergenceConfig:
-    """Forward KL, KL(teacher || student), at each trained position."""
+    """How far the student q is from the teacher's target distribution p at each trained position."""
 
+    kind: DivergenceKind = "forward_kl"
+    """`forward_kl`: KL(p || q), teacher || student. `reverse_kl`: KL(q || p), student || teacher. `mixture`: both, by
+    `reverse_weight`. `jsd`: the generalised Jensen-Shannon divergence alpha KL(p || m) + (1 - alpha) KL(q || m) from
+    the mixture m = alpha p + (1 - alpha) q, alpha of `jsd_alpha`."""
+    reverse_weight: float = 0.5
+    """w of `mixture`: (1 - w) KL(p || q) + w KL(q || p)."""
+    jsd_alpha: float = 0.5
+    """alpha of `jsd`, between 0 and 1. At 0.5 teacher and student may change places and nothing changes. Small values
+    resemble alpha KL(p || q), values near 1 resemble (1 - alpha) KL(q || p)."""
     top_k: int = 0
-    """Sum over the teacher's k most likely tokens only, un-normalised, as in the paper; 0 for the full vocabulary."""
+    """Restrict the divergence to the k tokens that the teacher finds most likely; 0 for the full vocabulary."""
+    top_k_tail: TopKTail = "none"
+    """What becomes of all other tokens under `top_k`. `none`: they are left out of the sum, which is un-normalised, as
+    in the paper; `forward_kl` only. `renormalize`: both distributions are divided by their probability of the k tokens.
+    `bucket`: all others are one more outcome."""
+    teacher_temperature: float = 1.0
+    """Divides the teacher's logits; the filters follow in this order."""
+    teacher_top_k: int = 0
+    """Keep the k most likely tokens in the target distribution and renormalise it; 0 for all, 1 for the argmax."""
+    teacher_top_p: float = 1.0
+    """Keep the smallest set of most likely tokens with at least this part of the probability that is left."""
+    teacher_min_p: float = 0.0
+    """Keep tokens with at least this many times the probability of the most likely one."""
     chunk_size: int = 128
     """Trained positions whose logits exist at one time. Three float32 buffers of this many times the vocabulary (per
-    tensor-parallel rank) are alive; larger chunks read the output layer less often."""
+    tensor-parallel rank) are alive, four under `mixture` and `jsd`, about five under `teacher_top_p`; larger chunks
+    read the output layer less often."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +366,11 @@ class TrainingConfig:
     """What the student's backward pass computes anew instead of keeping it. `selective`: the attention products, for
     back ends that keep more than a row of statistics, such as `dense`. `full`: each layer, of which only the input is
     kept; costs a second forward, a third more time. Finer choices are fields of `student.transformer`."""
+    loss_reduction: LossReduction = "sequence"
+    """`sequence`: the mean over a row's trained positions, then over the rows of the global batch. `token`: the mean
+    over all trained positions of the global batch, so that long responses weigh more."""
+    train_on_end_token: bool = False
+    """Train the first end token of a response too, where the state masks it."""
     pad_to_multiple: int = 64
     """Rows of a micro-batch are padded to a multiple of this many tokens."""
     balance_rows: bool = True

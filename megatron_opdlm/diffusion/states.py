@@ -6,8 +6,8 @@ the student saw when it took step `r`. A noisy token sees the clean tokens of th
 of a sequence are trained in one forward. The other choices of `states.selection` are in `state_selections`. A
 trajectory's draws come from its own generator (`randomness`), so its states do not depend on which share its batch.
 
-Trained are the masked response positions before the first end token. The end token itself, what follows it in the
-last block, what lies beyond the length limit and the padding are not.
+Trained are the masked response positions before the first end token. The end token itself (but for
+`train_on_end_token`), what follows it in the last block, what lies beyond the length limit and the padding are not.
 
 A selection may give several rows per trajectory. All trajectories then give equally many, so that every global batch
 and every rank has as many rows: where a trajectory has fewer states, the rest mask and train nothing. The first row is
@@ -52,7 +52,7 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_opdlm.config.schema import StatesConfig
+from megatron_opdlm.config.schema import LossReduction, StatesConfig
 from megatron_opdlm.diffusion.blocks import round_up_to_grid
 from megatron_opdlm.diffusion.randomness import sequence_generator
 from megatron_opdlm.diffusion.state_selections import Masks, select_masks
@@ -72,7 +72,8 @@ class OnPolicyStates:
     lengths_B: torch.Tensor
     """int64: real tokens of each row, whole blocks."""
     is_trained_BT: torch.Tensor
-    """bool: masked, in the response, before the first end token and within the counted length; never padding."""
+    """bool: masked, in the response, before the first end token (or at it, under `train_on_end_token`) and within the
+    counted length; never padding."""
     is_committed_BT: torch.Tensor
     """bool: committed in the drawn step, a subset of the masked. Where also trained, the on-policy gap is measured."""
     log_probs_BT: torch.Tensor
@@ -128,16 +129,23 @@ class OnPolicyStates:
         """Trajectories that these rows count."""
         return int(self.is_first_row_B.sum())
 
-    def loss_weights_BT(self, num_trajectories_in_global_batch: int) -> torch.Tensor:
-        """float32 [B, T]: weights under which a sum over the global batch is the loss of the method.
+    def loss_weights_BT(self, reduction: LossReduction) -> torch.Tensor:
+        """float32 [B, T]: weights under which a sum over the global batch, over its `loss_count`, is the loss.
 
-        `sum(weights * divergence)` is the mean over a trajectory's trained positions, of all its rows together, then
-        the mean over the trajectories of the global batch, however their rows are split into micro-batches and over
-        ranks. A trajectory without trained positions adds nothing, but counts. With several rows per trajectory a late
-        row, in which few blocks have a state left, weighs as little as it has trained positions.
+        `sequence`: the sum over a trajectory is the mean over its trained positions, of all its rows together, so that
+        over the number of trajectories the mean of those means is left. A trajectory without trained positions adds
+        nothing, but counts; of several rows a late one, in which few blocks have a state left, weighs as little as it
+        has trained positions. `token`: one at each trained position. Either way it does not matter how rows are split
+        into micro-batches and over ranks.
         """
-        divisor_B = self.num_trained_by_trajectory_B.clamp(min=1) * num_trajectories_in_global_batch
-        return self.is_trained_BT.float() / divisor_B[:, None]
+        is_trained_BT = self.is_trained_BT.float()
+        if reduction == "token":
+            return is_trained_BT
+        return is_trained_BT / self.num_trained_by_trajectory_B.clamp(min=1)[:, None]
+
+    def loss_count(self, reduction: LossReduction) -> int:
+        """What these states add to the number that the loss is a mean over: trajectories, or trained positions."""
+        return int(self.is_trained_BT.sum()) if reduction == "token" else self.num_trajectories
 
     def _tensors(self) -> list[tuple[str, torch.Tensor]]:
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
@@ -157,6 +165,7 @@ def select_states(
     pad_token_id: int,
     seed: int,
     step: int,
+    train_on_end_token: bool = False,
 ) -> OnPolicyStates:
     """The states of every trajectory, `num_rows` rows each; the rows of a trajectory stand together.
 
@@ -171,6 +180,7 @@ def select_states(
         end_token_ids: every token that ends a response, as in the rollout.
         pad_token_id: fills the columns beyond a row's length; any valid id.
         seed, step: `training.seed` and the training step; with the trajectory's own numbers they seed its draws.
+        train_on_end_token: train the first end token of a response too, where it is masked.
     """
     assert trajectories, "states of no trajectory at all"
     end_ids = torch.tensor(list(end_token_ids), dtype=torch.int64)
@@ -181,7 +191,7 @@ def select_states(
         generator = sequence_generator(*numbers, purpose="states")
         selection = RANDOM_MASK if trajectory.is_given else settings
         masks = select_masks(trajectory.steps_by_block_MK, selection, num_rows=num_rows, generator=generator)
-        rows += _rows_of(trajectory, masks, mask_token_id, end_ids)
+        rows += _rows_of(trajectory, masks, mask_token_id, end_ids, train_on_end_token)
     clean, noisy, is_trained, is_committed, log_probs = zip(*rows, strict=True)
     by_trajectory_NR = torch.tensor([int(row.is_trained_T.sum()) for row in rows]).view(-1, num_rows)
     return OnPolicyStates(
@@ -206,13 +216,17 @@ class _Row(NamedTuple):
     log_probs_T: torch.Tensor
 
 
-def _rows_of(trajectory: Trajectory, masks: Masks, mask_token_id: int, end_ids: torch.Tensor) -> list[_Row]:
+def _rows_of(
+    trajectory: Trajectory, masks: Masks, mask_token_id: int, end_ids: torch.Tensor, train_on_end_token: bool
+) -> list[_Row]:
     """The rows of one trajectory: the first one whole, the others cut behind their last trained block."""
     num_prompt, num_response = trajectory.prompt_length, len(trajectory.step_map_R)
     clean_T = trajectory.terminal_ids_T
     # The prompt may hold end tokens too (a chat template writes them), so only the response is looked at.
-    is_before_end_R = torch.isin(clean_T[num_prompt:], end_ids).cumsum(dim=0) == 0
-    is_counted_R = is_before_end_R & (torch.arange(num_response) < trajectory.response_length)
+    is_end_R = torch.isin(clean_T[num_prompt:], end_ids)
+    num_ends_before_R = is_end_R.cumsum(dim=0) - is_end_R.long()
+    is_wanted_R = (num_ends_before_R == 0) & (~is_end_R | train_on_end_token)
+    is_counted_R = is_wanted_R & (torch.arange(num_response) < trajectory.response_length)
     log_probs_T = pad(trajectory.log_probs_R, (num_prompt, 0))
     rows = []
     for place, (is_masked_MK, is_committed_MK) in enumerate(zip(*masks, strict=True)):

@@ -1,7 +1,7 @@
 """Cross-entropy of given tokens from hidden states, without ever holding the logits of all positions.
 
 It is the forward KL from a target that has all its probability on one token, and is computed in the same way: chunk by
-chunk, vocabulary-parallel, with the gradient made in the forward pass (see `divergences`). With q = softmax(s) of the
+chunk, vocabulary-parallel, with the gradient made in the forward pass (see `chunked_loss`). With q = softmax(s) of the
 student and the true token y, one position contributes
 
     D = -log q_y,        dD/ds_v = q_v - [v = y].
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_opdlm.distillation.divergences import _GradientSums, _live_logits, _shift_, _WithGradients
+from megatron_opdlm.distillation.chunked_loss import GradientSums, WithGradients, live_logits
+from megatron_opdlm.distillation.divergences import LOWEST
 from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard, global_argmax, sum_over_ranks_
 
 
@@ -45,14 +46,14 @@ def cross_entropy_loss(
     chunk_size: int,
 ) -> CrossEntropyResult:
     """Weighted sum of the cross-entropy over N positions. Arguments, gradients and communication are those of
-    `forward_kl_loss`; all ranks of `shard.group` must call it with the same N and `chunk_size`."""
-    gradients = _GradientSums(hidden_NH, weight_VH)
+    `divergence_loss`; all ranks of `shard.group` must call it with the same N and `chunk_size`."""
+    gradients = GradientSums(hidden_NH, weight_VH)
     report_2N = torch.empty(2, len(hidden_NH), dtype=gradients.dtype, device=hidden_NH.device)
     dead_rows = (~shard.is_live()).nonzero().flatten().to(hidden_NH.device)
     with torch.no_grad():
         for start in range(0, len(hidden_NH), chunk_size):
             chunk = slice(start, start + chunk_size)
-            logits_CV = _live_logits(hidden_NH[chunk], weight_VH, dead_rows)
+            logits_CV = live_logits(hidden_NH[chunk], weight_VH, dead_rows)
             report_2N[:, chunk], gradient_CV = _log_prob_and_gradient(
                 logits_CV, loss_weights_N[chunk], target_ids_N[chunk], shard
             )
@@ -60,7 +61,7 @@ def cross_entropy_loss(
             del logits_CV, gradient_CV  # freed before the logits of the next chunk are made
     log_prob_N, is_likeliest_N = report_2N
     value = -(log_prob_N @ loss_weights_N.to(gradients.dtype))
-    loss = _WithGradients.apply(hidden_NH, weight_VH, value, gradients, shard)
+    loss = WithGradients.apply(hidden_NH, weight_VH, value, gradients, shard)
     return CrossEntropyResult(loss, log_prob_N, is_likeliest_N.bool())
 
 
@@ -69,7 +70,7 @@ def _log_prob_and_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per-position figures [2, C] and the gradient [C, V] of the loss with respect to the logits, in their memory."""
     top_1C, best_1C = global_argmax([logits_CV], shard)
-    _shift_(logits_CV, top_1C[0])
+    logits_CV.sub_(top_1C[0][:, None]).clamp_(min=LOWEST)
     target_row_C1, is_here_C1 = (x[:, None] for x in shard.locate(target_ids_C))
     target_C = (logits_CV.gather(1, target_row_C1) * is_here_C1)[:, 0]
     exp_CV = logits_CV.exp_()

@@ -53,7 +53,7 @@ class Objective(ABC):
     """For as long as a run lasts. All ranks must make one, and make the same calls of it in the same order."""
 
     sums: ClassVar[tuple[str, ...]]
-    """What `loss` adds up for the metrics, always `loss`, `rows` (what Megatron divides the loss by) and
+    """What `loss` adds up for the metrics, always `loss`, `loss_count` (what Megatron divides the loss by) and
     `trained_tokens` among it."""
     preparation: ClassVar[str]
     """The timed phase that `prepare` belongs to."""

@@ -56,6 +56,7 @@ class OnPolicyDistillation(Objective):
             pad_token_id=self.special.pad_token_id,
             seed=self.config.training.seed,
             step=step,
+            train_on_end_token=self.config.training.train_on_end_token,
         )
 
     def prepare(self, micro_batches: list[OnPolicyStates]) -> list[MicroBatch]:
@@ -76,9 +77,16 @@ class OnPolicyDistillation(Objective):
     def loss(
         self, hidden_TBH: torch.Tensor, states: OnPolicyStates, targets: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        config = self.config
         return distillation_loss(
-            self.student, self.teacher, hidden_TBH, targets, states, self.shard, config.divergence, config.rollout
+            self.student,
+            self.teacher,
+            hidden_TBH,
+            targets,
+            states,
+            self.shard,
+            self.config.divergence,
+            self.config.rollout,
+            self.config.training.loss_reduction,
         )
 
     def rollout_metrics(self) -> MetricAccumulator:

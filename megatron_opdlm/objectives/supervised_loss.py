@@ -11,7 +11,7 @@ from megatron_opdlm.distillation.cross_entropy import CrossEntropyResult, cross_
 from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
 
-SUMS = ("loss", "rows", "trained_tokens", "likeliest_tokens")
+SUMS = ("loss", "loss_count", "trained_tokens", "likeliest_tokens")
 """What `supervised_loss` adds up for the metrics."""
 
 
@@ -27,8 +27,8 @@ def supervised_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The weighted sum of the cross-entropy over the trained positions, and sums for the metrics.
 
-    `rows` is what these rows add to the divisor that Megatron divides by, once, over the global batch. Ranks that share
-    sequences each add up their part of the positions, and the first one counts the divisor. All ranks of the
+    `loss_count` is what these rows add to the divisor that Megatron divides by, once, over the global batch. Ranks that
+    share sequences each add up their part of the positions, and the first one counts the divisor. All ranks of the
     tensor-parallel group of the last pipeline stage must call it with the same states.
     """
     weights_BT, divisor = states.loss_terms(normaliser)
@@ -39,7 +39,7 @@ def supervised_loss(
     )
     sums = {
         "loss": result.loss.detach().clone(),  # Megatron's schedule scales the loss in place
-        "rows": torch.tensor(float(divisor if student.context.is_first else 0)),
+        "loss_count": torch.tensor(float(divisor if student.context.is_first else 0)),
         "trained_tokens": is_trained_BT.sum().float(),
         "likeliest_tokens": result.is_likeliest_N.sum().float(),
     }

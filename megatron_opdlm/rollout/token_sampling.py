@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_opdlm.parallel.nucleus import fixed_point_masses, fraction_bits, keep_nucleus_
 from megatron_opdlm.parallel.vocabulary_shard import (
     VocabularyShard,
     gather_from_ranks,
@@ -29,7 +30,6 @@ from megatron_opdlm.parallel.vocabulary_shard import (
     global_top_logits,
     sum_over_ranks_,
 )
-from megatron_opdlm.rollout.nucleus import keep_nucleus_
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def draw_tokens(
     largest_N, best_ids_N = (x_1N[0] for x_1N in global_argmax([logits_NV], shard))
     log_total_N = _log_total(logits_NV, largest_N, shard)
     outcomes = _most_likely(logits_NV, top_k, shard) if top_k else _Outcomes(logits_NV, None, shard)
-    masses_NC = _masses(outcomes.logits_NC, largest_N, temperatures_N, shard.vocab_size)
+    masses_NC = fixed_point_masses(outcomes.logits_NC, largest_N, temperatures_N, shard.vocab_size)
     if top_p < 1:
         keep_nucleus_(masses_NC, outcomes.logits_NC, top_p, outcomes.shard)
     is_greedy_N = temperatures_N == 0
@@ -114,26 +114,12 @@ def _log_total(logits_NV: torch.Tensor, largest_N: torch.Tensor, shard: Vocabula
     return gather_from_ranks(sums_N, shard).sum(0).log()
 
 
-def _fraction_bits(vocab_size: int) -> int:
-    """Bits behind the point of a mass, as many as let the sum over the vocabulary fit into an int64."""
-    return 62 - (vocab_size - 1).bit_length()
-
-
-def _masses(
-    logits_NC: torch.Tensor, largest_N: torch.Tensor, temperatures_N: torch.Tensor, vocab_size: int
-) -> torch.Tensor:
-    """int64: the un-normalised probabilities, of which the largest is 1 in fixed point; temperature 0 counts as 1."""
-    divisors_N = torch.where(temperatures_N == 0, 1.0, temperatures_N)
-    powers_NC = logits_NC.double().sub_(largest_N[:, None]).div_(divisors_N[:, None]).exp_()
-    return powers_NC.mul_(2.0 ** _fraction_bits(vocab_size)).round_().long()
-
-
 def _entropies(masses_NC: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
     """float32 [N]: -sum (m/M) log (m/M) = log M - (sum m log m) / M, of masses m with the sum M.
 
     Gathers two numbers a position.
     """
-    powers_NC = masses_NC.double().mul_(2.0 ** -_fraction_bits(shard.vocab_size))
+    powers_NC = masses_NC.double().mul_(2.0 ** -fraction_bits(shard.vocab_size))
     total_N = powers_NC.sum(-1)
     own_N = torch.special.entr(powers_NC, out=powers_NC).sum(-1)
     total_N, own_N = gather_from_ranks(torch.stack([total_N, own_N]), shard).sum(0)

@@ -134,10 +134,9 @@ def _of_all(local: MetricAccumulator, group: dist.ProcessGroup) -> dict[str, flo
 
 def _add_sums(metrics: MetricAccumulator, sums: dict[str, float]) -> None:
     metrics.add("train/grad_norm", sums["grad_norm"])
-    if sums["rows"]:
-        metrics.add("train/loss", sums["loss"] / sums["rows"], weight=sums["rows"])
     metrics.add_sum("train/trained_tokens", sums["trained_tokens"])
     for name, total, count in (
+        ("train/loss", "loss", "loss_count"),
         ("train/teacher_agreement", "agreements", "trained_tokens"),
         ("train/on_policy_gap", "on_policy_gap", "committed_tokens"),
         ("train/token_accuracy", "likeliest_tokens", "trained_tokens"),

@@ -1,9 +1,9 @@
 """One optimizer step: what the objective prepares (of the method: the teacher's forward), then the student's forward
 and backward over the micro-batches of a global batch.
 
-Every micro-batch hands Megatron the sum over its rows together with what they add to the divisor, of the method the
-number of their trajectories, and Megatron divides once by the total over all micro-batches, data- and context-parallel
-ranks, so the split changes nothing but rounding.
+Every micro-batch hands Megatron its part of the sum together with what it adds to the divisor (of the method the
+number of its trajectories, or of its trained positions: `training.loss_reduction`), and Megatron divides once by the
+total over all micro-batches, data- and context-parallel ranks, so the split changes nothing but rounding.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class TrainStep:
 
         def loss_sum(hidden_TBH: torch.Tensor):
             loss, sums = self.objective.loss(hidden_TBH, states, targets)
-            return loss, sums["rows"].to(loss.device, torch.int), sums
+            return loss, sums["loss_count"].to(loss.device, torch.int), sums
 
         with self.expert_load.counting(states.lengths_B, positions_T):
             return model(streams, positions_T, states.lengths_B), loss_sum

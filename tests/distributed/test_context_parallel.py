@@ -175,9 +175,9 @@ def train_with_means_of_parts(run: Run, root: Path) -> tuple[list[dict], dict]:
         OnPolicyStates.loss_weights_BT = right
 
 
-def weights_of_parts(states: OnPolicyStates, num_rows: int) -> torch.Tensor:
+def weights_of_parts(states: OnPolicyStates, reduction: str) -> torch.Tensor:
     parts = states.is_trained_BT.float().chunk(2, dim=1)
-    return torch.cat([part / part.sum(1, keepdim=True).clamp(min=1) / num_rows for part in parts], dim=1)
+    return torch.cat([part / part.sum(1, keepdim=True).clamp(min=1) for part in parts], dim=1)
 
 
 @pytest.fixture(scope="module")

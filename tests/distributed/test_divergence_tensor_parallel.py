@@ -10,22 +10,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_opdlm.config.schema import DivergenceConfig
 from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard, global_argmax, global_top_k
 from tests.ranks import run_on_ranks
-from tests.unit.test_divergences import (
+from tests.slow_divergences import (
+    CASES,
     MASK_TOKEN_ID,
     NUM_ROWS,
-    TOP_KS,
     VOCAB_SIZE,
     assert_same,
-    plain_forward_kl,
+    label,
+    plain_divergence,
     random_inputs,
     with_gradients,
 )
 
-CASES = [
-    *itertools.product([torch.float64], [1, 7, 100], TOP_KS),
-    *itertools.product([torch.float32], [7], TOP_KS),
+RUNS = [
+    *itertools.product([torch.float64], [1, 7, 100], CASES),
+    *itertools.product([torch.float32], [7], CASES),
 ]
 TIED_LOGITS = [2.0, 1.0, 2.0, 0.0, 1.0, 2.0, 1.0, -math.inf]
 LARGEST_ON_THE_SECOND_RANK = [0.0, 1.0, 0.0, 1.0, -1.0, 3.0, 3.0, 0.0]
@@ -33,7 +35,7 @@ LARGEST_ON_THE_SECOND_RANK = [0.0, 1.0, 0.0, 1.0, -1.0, 3.0, 3.0, 0.0]
 
 def on_rank(rank: int) -> dict[str, Any]:
     """What each test looks at, in one start of the processes."""
-    functions = (every_case, top_k_of_tied_logits, argmax_of_two_logits, loss_of_no_positions)
+    functions = (every_run, top_k_of_tied_logits, argmax_of_two_logits, loss_of_no_positions)
     return {function.__name__: function(rank) for function in functions}
 
 
@@ -41,15 +43,15 @@ def shard_of(rank: int, num_rows: int, **fields: Any) -> VocabularyShard:
     return VocabularyShard(rank * num_rows, num_rows, group=dist.group.WORLD, **fields)
 
 
-def every_case(rank: int) -> list[dict[str, torch.Tensor]]:
+def every_run(rank: int) -> list[dict[str, torch.Tensor]]:
     shard = shard_of(rank, NUM_ROWS // 2, vocab_size=VOCAB_SIZE, mask_token_id=MASK_TOKEN_ID)
     results = []
-    for dtype, chunk_size, top_k in CASES:
+    for dtype, chunk_size, case in RUNS:
         inputs = random_inputs(dtype)
         for name in ("student_weight_VH", "teacher_weight_VH"):
             rows = inputs[name].detach()[shard.first : shard.first + shard.num_rows]
             inputs[name] = rows.clone().requires_grad_(name.startswith("student"))
-        results.append(with_gradients(inputs, shard=shard, chunk_size=chunk_size, top_k=top_k))
+        results.append(with_gradients(inputs, DivergenceConfig(chunk_size=chunk_size, **case), shard))
     return results
 
 
@@ -72,7 +74,7 @@ def loss_of_no_positions(rank: int) -> float:
     shard = shard_of(rank, NUM_ROWS, vocab_size=VOCAB_SIZE, mask_token_id=MASK_TOKEN_ID)
     inputs = {name: value if "weight_VH" in name else value[:0] for name, value in random_inputs().items()}
     inputs["student_hidden_NH"].retain_grad()
-    return with_gradients(inputs, shard=shard, chunk_size=4, top_k=3)["loss"].item()
+    return with_gradients(inputs, DivergenceConfig(chunk_size=4, top_k=3), shard)["loss"].item()
 
 
 def fail_on_the_second_rank(rank: int) -> None:
@@ -86,12 +88,12 @@ def both_ranks() -> list[dict[str, Any]]:
     return run_on_ranks(on_rank, 2)
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=[" ".join(map(str, case)) for case in CASES])
-def test_values_and_gradients_on_two_ranks_match_the_plain_formula(both_ranks, case):
-    first, second = (results["every_case"][case] for results in both_ranks)
-    dtype, _, top_k = CASES[case]
+@pytest.mark.parametrize("run", range(len(RUNS)), ids=[f"{dtype} {size} {label(case)}" for dtype, size, case in RUNS])
+def test_values_and_gradients_on_two_ranks_match_the_plain_formula(both_ranks, run):
+    first, second = (results["every_run"][run] for results in both_ranks)
+    dtype, _, case = RUNS[run]
     whole_weight = {"weight_gradient": torch.cat([first["weight_gradient"], second["weight_gradient"]])}
-    expected = plain_forward_kl(random_inputs(dtype), top_k)
+    expected = plain_divergence(random_inputs(dtype), DivergenceConfig(**case))
     for actual in (first, second):
         assert_same(actual | whole_weight, expected, 1e-12 if dtype == torch.float64 else 1e-5)
 

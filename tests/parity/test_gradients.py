@@ -176,7 +176,7 @@ def test_defect_1_gradients_equal_autograd_through_transformers_with_and_without
     assert states.num_trained_by_trajectory_B.min() > 0, "and something to train"
     selection = StatesConfig(**CASES[case].get("states", {}))
     assert states.num_rows == 4 * (4 // selection.shrink if selection.selection == "all_steps" else 1)
-    assert sums["loss"] / sums["rows"] == pytest.approx(loss, rel=1e-5)
+    assert sums["loss"] / sums["loss_count"] == pytest.approx(loss, rel=1e-5)
     norm = sum(float(gradient.square().sum()) for gradient in expected.values()) ** 0.5
     assert sums["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert actual.keys() == expected.keys()

@@ -137,7 +137,7 @@ def test_gradients_are_those_of_matrices_added_to_the_weights_of_transformers(ro
         )
         (micro_batches,) = trainer._global_batches(states)
         sums = trainer.train_step(micro_batches)
-        assert sums["loss"] / sums["rows"] == pytest.approx(loss, rel=1e-5)
+        assert sums["loss"] / sums["loss_count"] == pytest.approx(loss, rel=1e-5)
         assert sums["on_policy_gap"] / sums["committed_tokens"] < 1e-5, "the rollout has the adapters too"
         actual = adapters_of(model)
         assert actual.keys() == expected.keys() and len(actual) == 4 * len(config.lora.target_modules)

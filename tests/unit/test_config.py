@@ -161,6 +161,27 @@ def test_a_wrong_value_in_a_recipe_names_setting_value_and_rule(tmp_path):
         ("rollout.dynamic_threshold=1.5", "rollout.dynamic_threshold (1.5) must lie between 0 and 1"),
         ("divergence.chunk_size=0", "divergence.chunk_size (0) must be at least 1"),
         ("divergence.top_k=-1", "divergence.top_k (-1) must be at least 0"),
+        ("divergence.kind=kl", "divergence.kind (kl) must be one of forward_kl, reverse_kl, mixture, jsd"),
+        ("divergence.reverse_weight=1.1", "divergence.reverse_weight (1.1) must lie between 0 and 1"),
+        ("divergence.jsd_alpha=1", "divergence.jsd_alpha (1.0) must be over 0 and below 1"),
+        ("divergence.jsd_alpha=.nan", "divergence.jsd_alpha (nan) must be over 0 and below 1"),
+        (
+            "divergence.kind=jsd divergence.top_k=16",
+            "divergence.top_k_tail (none) must be renormalize or bucket under divergence.kind (jsd)",
+        ),
+        ("divergence.teacher_temperature=0", "divergence.teacher_temperature (0.0) must be over 0"),
+        ("divergence.teacher_top_k=-1", "divergence.teacher_top_k (-1) must be at least 0"),
+        ("divergence.teacher_top_p=0", "divergence.teacher_top_p (0.0) must be over 0 and at most 1"),
+        ("divergence.teacher_min_p=2", "divergence.teacher_min_p (2.0) must lie between 0 and 1"),
+        (
+            "divergence.kind=reverse_kl divergence.teacher_top_p=0.9",
+            "divergence.teacher_top_p (0.9) must be 1 under divergence.kind (reverse_kl): KL(student || teacher) is",
+        ),
+        (
+            "divergence.kind=mixture divergence.teacher_top_k=5",
+            "divergence.teacher_top_k (5) must be 0 under divergence.kind (mixture)",
+        ),
+        ("training.loss_reduction=mean", "training.loss_reduction (mean) must be one of sequence, token"),
         ("curricula.length_start=0", "curricula.length_start (0) must be at least 1"),
         ("curricula.threshold_hold_steps=-1", "curricula.threshold_hold_steps (-1) must be at least 0"),
         ("curricula.threshold_start=1.5", "curricula.threshold_start (1.5) must lie between 0 and 1"),
@@ -293,6 +314,16 @@ def test_a_wrong_value_in_a_recipe_names_setting_value_and_rule(tmp_path):
 )
 def test_rules_between_settings_are_checked_when_loading(flags, expected):
     assert expected in message_of([f"--{flag}" for flag in flags.split(" ")])
+
+
+def test_a_divergence_takes_what_it_is_defined_for():
+    for kind in ("forward_kl", "reverse_kl", "mixture", "jsd"):
+        for tail in ("renormalize", "bucket"):
+            flags = ["--divergence.top_k=16", f"--divergence.top_k_tail={tail}", "--divergence.teacher_temperature=0.5"]
+            assert load_config([f"--divergence.kind={kind}", *flags]).divergence.top_k_tail == tail
+    for kind in ("forward_kl", "jsd"):
+        filters = ["--divergence.teacher_top_k=5", "--divergence.teacher_top_p=0.9", "--divergence.teacher_min_p=0.1"]
+        assert load_config([f"--divergence.kind={kind}", *filters]).divergence.teacher_top_k == 5
 
 
 def test_rows_split_evenly_over_sequence_parallel_ranks():

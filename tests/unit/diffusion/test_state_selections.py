@@ -110,11 +110,13 @@ def test_each_trained_position_of_a_trajectory_weighs_the_same_in_all_its_rows()
     states = select([one, other], ALL_STEPS)
     assert states.num_trained_B.tolist() == [4, 3, 2, 1, 4, 0, 0, 0]
     assert states.num_trajectories == 2
-    weights = states.loss_weights_BT(2)
-    assert weights[:4][states.is_trained_BT[:4]].tolist() == pytest.approx([0.5 / 10] * 10)
-    assert weights[4:][states.is_trained_BT[4:]].tolist() == pytest.approx([0.5 / 4] * 4)
-    split = [states.rows([row]).padded_to(4).loss_weights_BT(2).sum() for row in range(8)]
-    assert float(sum(split)) == pytest.approx(1.0)
+    weights = states.loss_weights_BT("sequence")
+    assert weights[:4][states.is_trained_BT[:4]].tolist() == pytest.approx([1 / 10] * 10)
+    assert weights[4:][states.is_trained_BT[4:]].tolist() == pytest.approx([1 / 4] * 4)
+    split = [states.rows([row]).padded_to(4) for row in range(8)]
+    assert float(sum(row.loss_weights_BT("sequence").sum() for row in split)) == pytest.approx(2.0)
+    assert sum(row.loss_count("sequence") for row in split) == states.loss_count("sequence") == 2
+    assert sum(row.loss_count("token") for row in split) == states.loss_count("token") == 14
 
 
 def test_a_random_mask_hides_at_least_one_response_position_of_each_block_and_no_prompt():

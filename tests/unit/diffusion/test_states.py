@@ -31,7 +31,7 @@ def make_trajectory(terminal_ids, step_map, response_length, *, block_size=4, pr
     )
 
 
-def select(trajectories, *, block_size=4, seed=1, step=0) -> OnPolicyStates:
+def select(trajectories, *, block_size=4, seed=1, step=0, train_on_end_token=False) -> OnPolicyStates:
     return select_states(
         trajectories,
         block_size=block_size,
@@ -40,6 +40,7 @@ def select(trajectories, *, block_size=4, seed=1, step=0) -> OnPolicyStates:
         pad_token_id=PAD,
         seed=seed,
         step=step,
+        train_on_end_token=train_on_end_token,
     )
 
 
@@ -184,15 +185,37 @@ def test_defect_2_padding_of_short_responses_is_never_trained():
 def test_defect_2_a_row_weighs_the_same_however_much_padding_it_has():
     short = make_trajectory([1, 2, 10, END], [1, 1], 2, prompt_id=0)
     long = make_trajectory(list(range(12)), [1] * 10, 10, prompt_id=1)
-    assert select([short, long]).loss_weights_BT(2).sum(dim=1).tolist() == pytest.approx([0.5, 0.5])
+    assert select([short, long]).loss_weights_BT("sequence").sum(dim=1).tolist() == pytest.approx([1.0, 1.0])
     alone = select([short]).padded_to(64)
-    assert alone.loss_weights_BT(2)[0].nonzero()[:, 0].tolist() == [2]
+    for reduction in ("sequence", "token"):
+        assert alone.loss_weights_BT(reduction)[0].nonzero()[:, 0].tolist() == [2]
+    assert (alone.loss_count("sequence"), alone.loss_count("token")) == (1, 1)
 
 
 def test_neither_the_end_token_nor_anything_after_it_is_trained():
     states = select([make_trajectory([1, 2, 3, 4, 10, END, 12, END], [1, 1, 1, 1], 2)])
     assert states.is_trained_BT[0].nonzero()[:, 0].tolist() == [4]
     assert states.noisy_ids_BT[0, 4:].tolist() == [MASK] * 4
+
+
+def test_the_first_end_token_is_trained_where_that_is_asked_for_and_it_is_masked():
+    ends_in_block = make_trajectory([1, 2, 3, 4, 10, END, 12, END], [1, 1, 1, 1], 2)
+    states = select([ends_in_block], train_on_end_token=True)
+    assert states.is_trained_BT[0].nonzero()[:, 0].tolist() == [4, 5]
+    # the end token was committed first: whenever another token is drawn to be masked, it may be visible
+    visible = make_trajectory([1, 2, 3, 4, 10, END, 12, END], [2, 1, 2, 2], 2)
+    seen = set()
+    for seed in range(20):
+        states = select([visible], seed=seed, train_on_end_token=True)
+        trained = states.is_trained_BT[0].nonzero()[:, 0].tolist()
+        assert trained == ([4, 5] if states.noisy_ids_BT[0, 5] == MASK else [4])
+        seen.add(len(trained))
+    assert seen == {1, 2}
+
+
+def test_an_end_token_beyond_the_length_limit_is_never_trained():
+    states = select([make_trajectory([1, 2, 3, 4, 10, 11, 12, END], [1, 1, 1, 1], 3)], train_on_end_token=True)
+    assert states.is_trained_BT[0].nonzero()[:, 0].tolist() == [4, 5, 6]
 
 
 def test_every_end_token_ends_the_trained_positions():
@@ -255,16 +278,33 @@ def test_weights_sum_up_to_the_mean_over_rows_of_the_mean_over_trained_positions
     assert states.num_trained_B.tolist() == [2, 0, 10]
     divergence_BT = torch.rand(3, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     means = [divergence_BT[row][states.is_trained_BT[row]].mean() for row in (0, 2)]
-    weights_BT = states.loss_weights_BT(num_trajectories_in_global_batch=8)
+    weights_BT = states.loss_weights_BT("sequence")
     assert weights_BT.dtype == torch.float32
-    assert float((weights_BT * divergence_BT).sum()) == pytest.approx(float(sum(means)) / 8, rel=1e-6)
+    total, count = float((weights_BT * divergence_BT).sum()), states.loss_count("sequence")
+    assert total / count == pytest.approx(float(sum(means)) / 3, rel=1e-6)
     assert not weights_BT[1].any()
 
 
-def test_weights_are_the_same_for_every_split_into_micro_batches():
+def test_weights_by_token_give_the_mean_over_all_trained_positions():
     states = three_rows()
-    whole = states.loss_weights_BT(3)
-    assert torch.equal(torch.cat([states.rows([row]).loss_weights_BT(3) for row in range(3)]), whole)
+    divergence_BT = torch.rand(3, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total, count = float((states.loss_weights_BT("token") * divergence_BT).sum()), states.loss_count("token")
+    assert count == 12
+    assert total / count == pytest.approx(float(divergence_BT[states.is_trained_BT].mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_weights_and_counts_are_the_same_for_every_split_into_micro_batches(reduction):
+    states = three_rows()
+    whole, rows = states.loss_weights_BT(reduction), [states.rows([row]) for row in range(3)]
+    assert torch.equal(torch.cat([row.loss_weights_BT(reduction) for row in rows]), whole)
+    assert sum(row.loss_count(reduction) for row in rows) == states.loss_count(reduction)
+
+
+def test_parts_of_the_positions_add_up_to_the_trained_positions_of_the_rows():
+    states = three_rows()
+    parts = [states.columns(slice(0, 8)), states.columns(slice(8, 12))]
+    assert [part.loss_count("token") for part in parts] == [8, 4]
 
 
 @pytest.mark.parametrize("index", [slice(0, 2), [1, 0], torch.tensor([2])], ids=["slice", "list", "tensor"])

@@ -57,7 +57,7 @@ def sums(loss: float, rows: int, trained: int, agreements: int, gap: float, comm
     return {
         "grad_norm": 1.0,
         "loss": loss,
-        "rows": rows,
+        "loss_count": rows,
         "trained_tokens": trained,
         "agreements": agreements,
         "on_policy_gap": gap,

@@ -5,7 +5,13 @@ logit, and the mass at or above a logit is a sum over ranks. So the edge of the 
 numbers have the order of their bit patterns, read as integers, and 32 halvings leave one number exactly. Of the tokens
 at the edge the lowest ids stay, as many as are needed.
 
+Probabilities are kept as integers, multiples of about 2^-44 of the largest one (for 150,000 tokens). Integers add up to
+the same in any order, so what is kept, or drawn, does not depend on the tensor-parallel size, not even by rounding.
+
+    masses_NC = fixed_point_masses(logits_NC, largest_N, temperatures_N, shard.vocab_size)
     keep_nucleus_(masses_NC, logits_NC, 0.9, shard)     # zero mass outside the nucleus
+
+Both the drawing of tokens and the teacher's target distribution build on this.
 
 Legend: `N` positions, `C` outcomes on this rank in the order of their ids, `R` ranks.
 """
@@ -18,6 +24,20 @@ from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard, gather_fro
 
 _SMALLEST_KEY, _LARGEST_KEY = -0x7F800001, 0x7F800000
 """Of minus and of plus infinity."""
+
+
+def fraction_bits(vocab_size: int) -> int:
+    """Bits behind the point of a mass, as many as let the sum over the vocabulary fit into an int64."""
+    return 62 - (vocab_size - 1).bit_length()
+
+
+def fixed_point_masses(
+    logits_NC: torch.Tensor, largest_N: torch.Tensor, temperatures_N: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
+    """int64: the un-normalised probabilities, of which the largest is 1 in fixed point; temperature 0 counts as 1."""
+    divisors_N = torch.where(temperatures_N == 0, 1.0, temperatures_N)
+    powers_NC = logits_NC.double().sub_(largest_N[:, None]).div_(divisors_N[:, None]).exp_()
+    return powers_NC.mul_(2.0 ** fraction_bits(vocab_size)).round_().long()
 
 
 def keep_nucleus_(masses_NC: torch.Tensor, logits_NC: torch.Tensor, top_p: float, shard: VocabularyShard) -> None:

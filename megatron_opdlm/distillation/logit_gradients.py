@@ -1,0 +1,122 @@
+"""From the logits of a chunk of positions to the divergence at each of them and its gradient with respect to them.
+
+The logits stay sharded over the vocabulary. What ranks tell each other is one number per position for each sum over
+outcomes (`divergences` says which), and with `divergence.top_k` the k candidates. The outcomes are
+
+- all tokens, where `top_k` is 0;
+- the set A of the teacher's k most likely tokens, with the probabilities that they have in the whole vocabulary, for
+  `top_k_tail: none`. The sum over A alone can be negative: it is the paper's rule, and no divergence;
+- A with both distributions divided by the probability of A, for `renormalize`;
+- A and one more outcome, all other tokens, for `bucket`.
+
+The gradient at a token outside A is its probability q_v times a factor: -sum_A h for `none`, where only the softmax's
+sum depends on it; 0 for `renormalize`; for `bucket` the gradient at the last outcome over that outcome's probability,
+of which the token has the part q_v.
+
+    figures_4C, gradient_CV = figures_and_gradient(student_CV, teacher_CV, None, target_ids_C, settings, shard)
+
+Shapes: C positions, V vocabulary rows of this rank, k candidates, O outcomes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_opdlm.config.schema import DivergenceConfig
+from megatron_opdlm.distillation.divergences import LOWEST, divergence_and_slopes
+from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard, global_argmax, sum_over_ranks_
+
+
+def figures_and_gradient(
+    student_CV: torch.Tensor,
+    teacher_CV: torch.Tensor,
+    chosen_ids_Ck: torch.Tensor | None,
+    target_ids_C: torch.Tensor,
+    settings: DivergenceConfig,
+    shard: VocabularyShard,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Figures [4, C] and the gradient [C, V] of each position's divergence with respect to the student's logits.
+
+    The figures: the divergence, the student's log-probability of the target id and its entropy, both over the whole
+    vocabulary, and 1 where both have the same most likely token. `chosen_ids_Ck` is the set A, None for all tokens.
+
+    Overwrites both logits. Three chunk-sized buffers are alive at a time, these two included; four for `mixture` and
+    `jsd` over the whole vocabulary. Communicates over `shard.group`; all of its ranks must call it.
+    """
+    best_2C = _to_log_probs_(student_CV, teacher_CV, shard)
+    log_q_CV, log_p_CV = student_CV, teacher_CV
+    row_C, is_here_C = shard.locate(target_ids_C)
+    target_C = log_q_CV.gather(1, row_C[:, None])[:, 0] * is_here_C
+    entropy_C = log_q_CV.exp().mul_(log_q_CV).sum(-1).neg_()
+    target_C, entropy_C = sum_over_ranks_(torch.stack([target_C, entropy_C]), shard)
+    if chosen_ids_Ck is None:
+        divergence_C, gradient_CV = _over_vocabulary(log_p_CV, log_q_CV, settings, shard)
+    else:
+        divergence_C, gradient_CV = _over_candidates(log_p_CV, log_q_CV, chosen_ids_Ck, settings, shard)
+    agrees_C = (best_2C[0] == best_2C[1]).to(divergence_C.dtype)
+    return torch.stack([divergence_C, target_C, entropy_C, agrees_C]), gradient_CV
+
+
+def _to_log_probs_(student_CV: torch.Tensor, teacher_CV: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+    """Turns both logits into log-probabilities of at least `LOWEST`, in place; the most likely ids [2, C] of each."""
+    both, (largest_2C, best_2C) = (student_CV, teacher_CV), global_argmax([student_CV, teacher_CV], shard)
+    # The largest logit goes first: what is left is small where the probability is large, and so are its roundings.
+    for logits_CV, largest_C in zip(both, largest_2C, strict=True):
+        logits_CV.sub_(largest_C[:, None])
+    totals_2C = sum_over_ranks_(torch.stack([logits_CV.exp().sum(-1) for logits_CV in both]), shard)
+    for logits_CV, log_total_C in zip(both, totals_2C.log(), strict=True):
+        logits_CV.sub_(log_total_C[:, None]).clamp_(min=LOWEST)
+    return best_2C
+
+
+def _over_vocabulary(
+    log_p_CV: torch.Tensor, log_q_CV: torch.Tensor, settings: DivergenceConfig, shard: VocabularyShard
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divergence [C] and gradient [C, V] over all tokens. Both arguments are used up."""
+    divergence_C, slopes_CV = divergence_and_slopes(log_p_CV, log_q_CV, settings)
+    divergence_C, slope_C = sum_over_ranks_(torch.stack([divergence_C, slopes_CV.sum(-1)]), shard)
+    return divergence_C, slopes_CV.addcmul_(log_q_CV.exp_(), slope_C[:, None], value=-1)
+
+
+def _over_candidates(
+    log_p_CV: torch.Tensor,
+    log_q_CV: torch.Tensor,
+    chosen_ids_Ck: torch.Tensor,
+    settings: DivergenceConfig,
+    shard: VocabularyShard,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divergence [C] and gradient [C, V] over the chosen ids and what `top_k_tail` adds. Both arguments are used up.
+
+    All ranks get the candidates, and each computes the divergence of these few outcomes for itself.
+    """
+    rows_Ck, is_here_Ck = shard.locate(chosen_ids_Ck)
+    chosen_2Ck = torch.stack([log_probs.gather(1, rows_Ck) * is_here_Ck for log_probs in (log_p_CV, log_q_CV)])
+    outcomes_2CO, num_chosen = sum_over_ranks_(chosen_2Ck, shard), chosen_ids_Ck.shape[1]
+    others_CV = _zero_at_(log_q_CV.exp_(), rows_Ck, is_here_Ck)
+    if settings.top_k_tail == "renormalize":
+        outcomes_2CO = outcomes_2CO.log_softmax(-1)
+    elif settings.top_k_tail == "bucket":
+        of_teacher_C = _zero_at_(log_p_CV.exp_(), rows_Ck, is_here_Ck).sum(-1)
+        rest_2C = sum_over_ranks_(torch.stack([of_teacher_C, others_CV.sum(-1)]), shard)
+        outcomes_2CO = torch.cat([outcomes_2CO, rest_2C.log()[:, :, None]], dim=-1)
+    log_p_CO, log_q_CO = outcomes_2CO.clamp_(min=LOWEST)
+    divergence_C, slopes_CO = divergence_and_slopes(log_p_CO, log_q_CO, settings)
+    slope_C1 = slopes_CO.sum(-1, keepdim=True)
+    gradient_CO = slopes_CO.addcmul_(log_q_CO.exp(), slope_C1, value=-1)
+    if settings.top_k_tail == "none":
+        factor_C1 = -slope_C1
+    elif settings.top_k_tail == "renormalize":
+        factor_C1 = torch.zeros_like(slope_C1)
+    else:
+        # where all of the rest rounds to zero, so does each of its tokens, and any finite factor will do
+        factor_C1 = gradient_CO[:, -1:] / rest_2C[1, :, None].clamp(min=torch.finfo(rest_2C.dtype).tiny)
+    gradient_CV = others_CV.mul_(factor_C1)
+    return divergence_C, gradient_CV.scatter_add_(1, rows_Ck, gradient_CO[:, :num_chosen] * is_here_Ck)
+
+
+def _zero_at_(values_CV: torch.Tensor, rows_Ck: torch.Tensor, is_here_Ck: torch.Tensor) -> torch.Tensor:
+    """Zeroes the values at these rows, each of which is named once, in place.
+
+    By subtraction, which is exact here: ids of other ranks have row 0, and take nothing from it.
+    """
+    return values_CV.scatter_add_(1, rows_Ck, -(values_CV.gather(1, rows_Ck) * is_here_Ck))
