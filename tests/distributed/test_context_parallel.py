@@ -23,9 +23,14 @@ from tests.worlds import CONTEXT_LAYOUTS, model_ranks
 
 WRONG = Run(2, "context parallel 2", 2)
 """Each rank takes the mean over the trained positions of its own part."""
-REFERENCES = {tie: Run(1, "tensor parallel 1", 1, tie) for tie in (False, True)}
+REFERENCES = [
+    Run(1, "tensor parallel 1", 1),
+    Run(1, "tensor parallel 1", 1, tie=True),
+    Run(1, "tensor parallel 1", 1, by_token=True),
+]
 OTHERS = [
     Run(2, "context parallel 2", 1),
+    Run(2, "context parallel 2", 2, by_token=True),
     Run(4, "context parallel 4", 2, tie=True),
     Run(4, "context parallel 2, sequence parallel 2", 1, tie=True),
     Run(4, "context parallel 2, 2 stages of 2 chunks", 2),
@@ -161,6 +166,7 @@ def train_long(run: Run, root: Path) -> tuple[list[dict], dict]:
         micro_batch_size=run.micro_batch_size,
         pad_to_multiple=8,
         recompute="full" if run in RECOMPUTING else "none",
+        loss_reduction="token" if run.by_token else "sequence",
     )
     student = StudentConfig(hf=str(root / ("tied" if run.tie else "untied")))
     return train(run, root, student=student, rollout=rollout, data=data, training=training)
@@ -192,7 +198,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(root, world_of_one) -> dict[Run, list[tuple[list[dict], dict]]]:
-    return train_in_worlds([*REFERENCES.values(), *OTHERS, WRONG], root)
+    return train_in_worlds([*REFERENCES, *OTHERS, WRONG], root)
 
 
 def train_in_worlds(runs: list[Run], root: Path) -> dict[Run, list[tuple[list[dict], dict]]]:
@@ -207,7 +213,7 @@ def train_in_worlds(runs: list[Run], root: Path) -> dict[Run, list[tuple[list[di
 
 @pytest.mark.parametrize("run", OTHERS, ids=str)
 def test_trajectories_are_those_of_one_process_and_all_ranks_that_share_sequences_have_them(results, run):
-    expected = results[REFERENCES[run.tie]][0][1]
+    expected = results[run.reference][0][1]
     assert len(expected) == 3 * 8
     data_parallel_size = run.world_size // model_ranks(CONTEXT_LAYOUTS[run.layout])
     actual = [pair for _, trajectories in results[run] for pair in trajectories.items()]
@@ -238,11 +244,11 @@ def relative_errors(metrics: list[dict], expected: list[dict]) -> dict[str, floa
 @pytest.mark.parametrize("run", OTHERS, ids=str)
 def test_losses_and_gradient_norms_on_all_ranks_are_those_of_one_process(results, run):
     for metrics, _ in results[run]:
-        assert_same_metrics(metrics, results[REFERENCES[run.tie]][0][0])
+        assert_same_metrics(metrics, results[run.reference][0][0])
 
 
 def test_a_mean_over_the_trained_positions_of_a_part_would_show(results):
-    errors = relative_errors(results[WRONG][0][0], results[REFERENCES[False]][0][0])
+    errors = relative_errors(results[WRONG][0][0], results[WRONG.reference][0][0])
     assert errors["train/loss"] > 0.05 and errors["train/grad_norm"] > 0.05
 
 
@@ -253,7 +259,7 @@ def test_weights_after_three_steps_are_those_of_one_process(results, root, run):
 
 def assert_same_weights(root: Path, run: Run) -> None:
     start = read_weights(root / ("tied" if run.tie else "untied"))
-    expected, actual = exported_weights(root, REFERENCES[run.tie]), exported_weights(root, run)
+    expected, actual = exported_weights(root, run.reference), exported_weights(root, run)
     assert actual.keys() == expected.keys() == start.keys()
     for name, weight in expected.items():
         difference = (actual[name] - weight).norm()

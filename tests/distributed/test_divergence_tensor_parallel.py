@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opdlm.config.schema import DivergenceConfig
+from megatron_opdlm.distillation.teacher_filters import filter_target_
 from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard, global_argmax, global_top_k
 from tests.ranks import run_on_ranks
 from tests.slow_divergences import (
@@ -22,6 +23,7 @@ from tests.slow_divergences import (
     label,
     plain_divergence,
     random_inputs,
+    target_slowly,
     with_gradients,
 )
 
@@ -30,12 +32,26 @@ RUNS = [
     *itertools.product([torch.float32], [7], CASES),
 ]
 TIED_LOGITS = [2.0, 1.0, 2.0, 0.0, 1.0, 2.0, 1.0, -math.inf]
+TIE_FILTERS = [
+    *({"teacher_top_k": k} for k in range(1, 9)),
+    *({"teacher_top_p": p} for p in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.99)),
+    *({"teacher_min_p": p} for p in (0.1, 0.2, 0.5, 1.0)),
+    {"teacher_temperature": 2.0, "teacher_top_k": 6, "teacher_top_p": 0.8, "teacher_min_p": 0.7},
+]
+WIDTHS = (32, 512)
 LARGEST_ON_THE_SECOND_RANK = [0.0, 1.0, 0.0, 1.0, -1.0, 3.0, 3.0, 0.0]
 
 
 def on_rank(rank: int) -> dict[str, Any]:
     """What each test looks at, in one start of the processes."""
-    functions = (every_run, top_k_of_tied_logits, argmax_of_two_logits, loss_of_no_positions)
+    functions = (
+        every_run,
+        numbers_sent,
+        filtered_ties,
+        top_k_of_tied_logits,
+        argmax_of_two_logits,
+        loss_of_no_positions,
+    )
     return {function.__name__: function(rank) for function in functions}
 
 
@@ -77,6 +93,45 @@ def loss_of_no_positions(rank: int) -> float:
     return with_gradients(inputs, DivergenceConfig(chunk_size=4, top_k=3), shard)["loss"].item()
 
 
+def filtered_ties(rank: int) -> list[list[float]]:
+    """What each filter leaves of this rank's half of tied logits."""
+    shard, left = shard_of(rank, 4, vocab_size=8, mask_token_id=8), []
+    for filters in TIE_FILTERS:
+        logits_CV = torch.tensor([TIED_LOGITS[shard.first : shard.first + 4]])
+        filter_target_(logits_CV, DivergenceConfig(**filters), shard)
+        left.append(logits_CV[0].tolist())
+    return left
+
+
+def numbers_sent(rank: int) -> dict[tuple[int, int], int]:
+    """(case, width) -> the most numbers that one collective of the forward and backward takes from this rank."""
+    return {
+        (case, width): largest_message(DivergenceConfig(chunk_size=9, **CASES[case]), rank, width)
+        for case in range(len(CASES))
+        for width in WIDTHS
+    }
+
+
+def largest_message(settings: DivergenceConfig, rank: int, width: int) -> int:
+    sent, originals = [], (dist.all_gather, dist.all_reduce)
+
+    def all_gather(gathered, values, group):
+        sent.append(values.numel())
+        originals[0](gathered, values, group=group)
+
+    def all_reduce(values, group):
+        sent.append(values.numel())
+        originals[1](values, group=group)
+
+    inputs = {name: value for name, value in random_inputs().items() if "weight_VH" not in name}
+    for name, hidden in (("student_weight_VH", 5), ("teacher_weight_VH", 6)):
+        inputs[name] = torch.randn(width, hidden, dtype=torch.float64, requires_grad=name.startswith("student"))
+    dist.all_gather, dist.all_reduce = all_gather, all_reduce
+    with_gradients(inputs, settings, shard_of(rank, width, vocab_size=2 * width, mask_token_id=0))
+    dist.all_gather, dist.all_reduce = originals
+    return max(sent)
+
+
 def fail_on_the_second_rank(rank: int) -> None:
     if rank == 1:
         raise LookupError("the reason")
@@ -107,6 +162,21 @@ def test_top_k_over_two_ranks_is_the_stable_descending_sort(both_ranks):
 def test_argmax_over_two_ranks_is_the_lowest_id_of_the_largest_logit(both_ranks):
     for results in both_ranks:
         assert results["argmax_of_two_logits"] == ([2.0, 3.0], [0.0, 5.0])
+
+
+def test_no_message_grows_with_the_vocabulary(both_ranks):
+    for results in both_ranks:
+        for case in range(len(CASES)):
+            num_candidates = max(CASES[case].get("top_k", 0), CASES[case].get("teacher_top_k", 0))
+            narrow, wide = (results["numbers_sent"][case, width] for width in WIDTHS)
+            assert narrow == wide <= 9 * max(5, 2 * num_candidates), label(CASES[case])
+
+
+def test_filters_over_two_ranks_leave_what_they_leave_on_one(both_ranks):
+    for place, filters in enumerate(TIE_FILTERS):
+        halves = [results["filtered_ties"][place] for results in both_ranks]
+        actual = torch.tensor(halves).flatten().double().softmax(0).tolist()
+        assert actual == pytest.approx(target_slowly(TIED_LOGITS, DivergenceConfig(**filters)), abs=1e-6), filters
 
 
 def test_no_positions_leave_the_ranks_in_step(both_ranks):

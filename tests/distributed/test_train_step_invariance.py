@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from megatron_opdlm.config.schema import (
     CheckpointConfig,
     DataConfig,
+    DivergenceConfig,
     LoggingConfig,
     OptimizerConfig,
     RolloutConfig,
@@ -41,20 +42,37 @@ class Run:
     layout: str
     micro_batch_size: int
     tie: bool = False
+    by_token: bool = False
+    """Loss by token, end tokens among the trained, of a restricted JSD from a filtered target."""
 
     def __str__(self) -> str:
-        return (
-            f"{self.world_size} ranks, {self.layout}, micro-batch {self.micro_batch_size}, {'un' * (not self.tie)}tied"
-        )
+        weights = f"{'un' * (not self.tie)}tied{', loss by token' * self.by_token}"
+        return f"{self.world_size} ranks, {self.layout}, micro-batch {self.micro_batch_size}, {weights}"
+
+    @property
+    def reference(self) -> Run:
+        """The same training by one process, one row at a time."""
+        return dataclasses.replace(self, world_size=1, layout="tensor parallel 1", micro_batch_size=1)
 
 
-REFERENCES = {tie: Run(1, "tensor parallel 1", 1, tie) for tie in (False, True)}
+BY_TOKEN = {"loss_reduction": "token", "train_on_end_token": True}
+FILTERED_JSD = DivergenceConfig(
+    kind="jsd", jsd_alpha=0.3, top_k=8, top_k_tail="bucket", teacher_temperature=1.5, teacher_top_p=0.9, chunk_size=5
+)
+REFERENCES = [
+    Run(1, "tensor parallel 1", 1),
+    Run(1, "tensor parallel 1", 1, tie=True),
+    Run(1, "tensor parallel 1", 1, by_token=True),
+]
 OTHERS = [
     Run(1, "tensor parallel 1", 2),
     Run(1, "tensor parallel 1", 4),
     Run(2, "tensor parallel 1", 4),
     Run(2, "sequence parallel 2", 4),
     Run(2, "sequence parallel 2", 2, tie=True),
+    Run(1, "tensor parallel 1", 4, by_token=True),
+    Run(2, "tensor parallel 1", 2, by_token=True),
+    Run(2, "sequence parallel 2", 4, by_token=True),
 ]
 SAME_NUMBERS = ("train/loss", "train/grad_norm", "train/teacher_agreement", "train/on_policy_gap", "train/lr")
 SAME_COUNTS = ("rollout/tokens", "rollout/tokens_per_step", "rollout/end_token_fraction", "train/trained_tokens")
@@ -74,6 +92,7 @@ def train(run: Run, root: Path, **sections) -> tuple[list[dict], dict]:
         backend="aten",
         rollout=RolloutConfig(max_new_tokens=8, dynamic_threshold=0.12),
         data=DataConfig(train_files=[str(root / "prompts.jsonl")]),
+        divergence=FILTERED_JSD if run.by_token else DivergenceConfig(),
         optimizer=OPTIMIZER,
         training=TrainingConfig(
             max_steps=3,
@@ -81,6 +100,7 @@ def train(run: Run, root: Path, **sections) -> tuple[list[dict], dict]:
             global_batch_size=8,
             micro_batch_size=run.micro_batch_size,
             pad_to_multiple=8,
+            **(BY_TOKEN if run.by_token else {}),
         ),
         checkpoint=CheckpointConfig(save_interval=0),
         logging=LoggingConfig(directory=str(root / str(run)), tensorboard=False, progress_bar=False),
@@ -107,7 +127,7 @@ def results(root, world_of_one) -> dict[Run, tuple[list[dict], dict]]:
 
     results = {}
     for world_size in (1, 2):
-        runs = [run for run in [*REFERENCES.values(), *OTHERS] if run.world_size == world_size]
+        runs = [run for run in [*REFERENCES, *OTHERS] if run.world_size == world_size]
         by_rank = [train_all(0, runs, root)] if world_size == 1 else run_on_ranks(train_all, world_size, runs, root)
         for run in runs:
             lines = {key: line for rank in by_rank for key, line in rank[run][1].items()}
@@ -136,7 +156,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("run", OTHERS, ids=str)
 def test_trajectories_are_identical(results, run):
-    expected, actual = results[REFERENCES[run.tie]][1], results[run][1]
+    expected, actual = results[run.reference][1], results[run][1]
     assert actual.keys() == expected.keys() and len(expected) == 3 * 16
     for key, trajectory in expected.items():
         assert actual[key].terminal_ids_T.equal(trajectory.terminal_ids_T)
@@ -146,7 +166,7 @@ def test_trajectories_are_identical(results, run):
 
 @pytest.mark.parametrize("run", OTHERS, ids=str)
 def test_loss_and_gradient_norm_are_equal(results, run):
-    for expected, actual in zip(results[REFERENCES[run.tie]][0], results[run][0], strict=True):
+    for expected, actual in zip(results[run.reference][0], results[run][0], strict=True):
         for name in SAME_NUMBERS:
             assert actual[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
         for name in SAME_COUNTS:
@@ -155,7 +175,7 @@ def test_loss_and_gradient_norm_are_equal(results, run):
 
 @pytest.mark.parametrize("run", OTHERS, ids=str)
 def test_weights_after_three_steps_are_equal(results, weights, root, run):
-    expected, actual = weights[REFERENCES[run.tie]], weights[run]
+    expected, actual = weights[run.reference], weights[run]
     start = read_weights(root / ("tied" if run.tie else "untied"))
     assert actual.keys() == expected.keys()
     for name, weight in expected.items():
@@ -165,7 +185,19 @@ def test_weights_after_three_steps_are_equal(results, weights, root, run):
 
 
 def test_training_changes_every_weight(weights, root):
-    for tie, run in REFERENCES.items():
-        start = read_weights(root / ("tied" if tie else "untied"))
+    for run in REFERENCES:
+        start = read_weights(root / ("tied" if run.tie else "untied"))
         for name, weight in weights[run].items():
             assert (weight - start[name]).norm() > 1e-3 * weight.norm(), name
+
+
+def test_a_loss_by_token_is_another_one_than_that_by_sequence(results, root, world_of_one):
+    run = Run(1, "tensor parallel 1", 4, by_token=True)
+    training = TrainingConfig(
+        max_steps=3, num_prompts_per_step=16, global_batch_size=8, micro_batch_size=4, pad_to_multiple=8
+    )
+    logging = LoggingConfig(directory=str(root / "by sequence"), tensorboard=False, progress_bar=False)
+    by_sequence, _ = train(run, root, training=training, logging=logging)
+    (first, *_), (other, *_) = results[run][0], by_sequence
+    assert other["train/loss"] != pytest.approx(first["train/loss"], rel=1e-3)
+    assert first["train/trained_tokens"] > other["train/trained_tokens"], "some end tokens were masked"
