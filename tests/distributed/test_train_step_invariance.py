@@ -56,6 +56,8 @@ class Run:
 
 
 BY_TOKEN = {"loss_reduction": "token", "train_on_end_token": True}
+STOP_TOKEN_IDS = list(range(5, 25))
+"""So many that some responses end early, in a state that masks their end token."""
 FILTERED_JSD = DivergenceConfig(
     kind="jsd", jsd_alpha=0.3, top_k=8, top_k_tail="bucket", teacher_temperature=1.5, teacher_top_p=0.9, chunk_size=5
 )
@@ -90,7 +92,9 @@ def train(run: Run, root: Path, **sections) -> tuple[list[dict], dict]:
         teacher=root / "teacher",
         parallel=(LAYOUTS | PIPELINE_LAYOUTS | EXPERT_LAYOUTS | CONTEXT_LAYOUTS)[run.layout],
         backend="aten",
-        rollout=RolloutConfig(max_new_tokens=8, dynamic_threshold=0.12),
+        rollout=RolloutConfig(
+            max_new_tokens=8, dynamic_threshold=0.12, stop_token_ids=STOP_TOKEN_IDS if run.by_token else []
+        ),
         data=DataConfig(train_files=[str(root / "prompts.jsonl")]),
         divergence=FILTERED_JSD if run.by_token else DivergenceConfig(),
         optimizer=OPTIMIZER,
