@@ -91,7 +91,7 @@ def _over_candidates(
     """
     rows_Ck, is_here_Ck = shard.locate(chosen_ids_Ck)
     chosen_2Ck = torch.stack([log_probs.gather(1, rows_Ck) * is_here_Ck for log_probs in (log_p_CV, log_q_CV)])
-    outcomes_2CO, num_chosen = sum_over_ranks_(chosen_2Ck, shard), chosen_ids_Ck.shape[1]
+    outcomes_2CO = sum_over_ranks_(chosen_2Ck, shard)
     others_CV = _zero_at_(log_q_CV.exp_(), rows_Ck, is_here_Ck)
     if settings.top_k_tail == "renormalize":
         outcomes_2CO = outcomes_2CO.log_softmax(-1)
@@ -99,19 +99,22 @@ def _over_candidates(
         of_teacher_C = _zero_at_(log_p_CV.exp_(), rows_Ck, is_here_Ck).sum(-1)
         rest_2C = sum_over_ranks_(torch.stack([of_teacher_C, others_CV.sum(-1)]), shard)
         outcomes_2CO = torch.cat([outcomes_2CO, rest_2C.log()[:, :, None]], dim=-1)
-    log_p_CO, log_q_CO = outcomes_2CO.clamp_(min=LOWEST)
+    divergence_C, gradient_CO, factor_C1 = _of_few_outcomes(*outcomes_2CO.clamp_(min=LOWEST), settings)
+    gradient_Ck = gradient_CO[:, : chosen_ids_Ck.shape[1]] * is_here_Ck
+    return divergence_C, others_CV.mul_(factor_C1).scatter_add_(1, rows_Ck, gradient_Ck)
+
+
+def _of_few_outcomes(
+    log_p_CO: torch.Tensor, log_q_CO: torch.Tensor, settings: DivergenceConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Divergence [C]; gradient at the outcomes [C, O]; factor [C, 1] of q_v at the tokens v that are none of them."""
     divergence_C, slopes_CO = divergence_and_slopes(log_p_CO, log_q_CO, settings)
-    slope_C1 = slopes_CO.sum(-1, keepdim=True)
-    gradient_CO = slopes_CO.addcmul_(log_q_CO.exp(), slope_C1, value=-1)
-    if settings.top_k_tail == "none":
-        factor_C1 = -slope_C1
-    elif settings.top_k_tail == "renormalize":
-        factor_C1 = torch.zeros_like(slope_C1)
-    else:
-        # where all of the rest rounds to zero, so does each of its tokens, and any finite factor will do
-        factor_C1 = gradient_CO[:, -1:] / rest_2C[1, :, None].clamp(min=torch.finfo(rest_2C.dtype).tiny)
-    gradient_CV = others_CV.mul_(factor_C1)
-    return divergence_C, gradient_CV.scatter_add_(1, rows_Ck, gradient_CO[:, :num_chosen] * is_here_Ck)
+    q_CO, slope_C1 = log_q_CO.exp(), slopes_CO.sum(-1, keepdim=True)
+    gradient_CO = slopes_CO.addcmul_(q_CO, slope_C1, value=-1)
+    # where all of the bucket rounds to zero, so does each of its tokens, and any finite factor will do
+    in_bucket_C1 = gradient_CO[:, -1:] / q_CO[:, -1:].clamp(min=torch.finfo(q_CO.dtype).tiny)
+    factors = {"none": -slope_C1, "renormalize": torch.zeros_like(slope_C1), "bucket": in_bucket_C1}
+    return divergence_C, gradient_CO, factors[settings.top_k_tail]
 
 
 def _zero_at_(values_CV: torch.Tensor, rows_Ck: torch.Tensor, is_here_Ck: torch.Tensor) -> torch.Tensor:
