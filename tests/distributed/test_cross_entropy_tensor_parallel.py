@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
 from tests.ranks import run_on_ranks
+from tests.slow_divergences import MASK_TOKEN_ID, NUM_ROWS, VOCAB_SIZE, assert_same
 from tests.unit.test_cross_entropy import plain_cross_entropy, random_student, with_gradients
-from tests.unit.test_divergences import MASK_TOKEN_ID, NUM_ROWS, VOCAB_SIZE, assert_same
 
 CHUNK_SIZES = [1, 7, 100]
 

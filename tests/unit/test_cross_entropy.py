@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_opdlm.distillation.cross_entropy import cross_entropy_loss
-from tests.unit.test_divergences import LIVE_IDS, NUM_POSITIONS, WHOLE, assert_same, random_inputs
+from tests.slow_divergences import LIVE_IDS, NUM_POSITIONS, WHOLE, assert_same, random_inputs
 
 
 def random_student(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
