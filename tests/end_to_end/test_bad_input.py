@@ -132,6 +132,11 @@ FLAGS = {
         "transformer.transformer_impl (transformer_engine) must be local, or",
     ),
     "unknown shift": (["--rollout.logit_shift", "next"], "rollout.logit_shift (next) must be"),
+    "no responses": (["--objective.name", "sft"], "{root}/prompts.jsonl:1: the row has no response"),
+    "preset of another objective": (
+        ["--objective.preset", "sdar"],
+        "objective.preset (sdar) must be left alone under objective.name (on_policy_distillation)",
+    ),
     "unknown strategy": (["--rollout.remasking_strategy", "random"], "rollout.remasking_strategy (random) must be"),
     "tensor parallelism": (
         ["--parallel.tensor_model_parallel_size", "3"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_opdlm.config.check import check_config
+from megatron_opdlm.config.load import load_config
 from megatron_opdlm.config.schema import Config, CurriculaConfig, ObjectiveConfig, RolloutConfig
 from megatron_opdlm.config.sft_presets import PRESETS, with_preset
 from megatron_opdlm.objectives.off_policy import off_policy_fraction_at
@@ -81,6 +82,16 @@ def test_every_preset_and_objective_is_accepted():
         assert with_preset(config.objective).normaliser == preset.normaliser
     for name in OBJECTIVES:
         check_config(Config(objective=ObjectiveConfig(name=name)), world_size=None)
+
+
+def test_a_teacher_is_asked_for_only_where_the_objective_has_one(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    arguments = ["--student.hf", str(tmp_path), "--data.train_files", str(tmp_path / "rows.jsonl")]
+    required = ("student", "teacher", "data.train_files")
+    for name in ("sft", "lift"):
+        assert load_config([*arguments, "--objective.name", name], required=required).teacher.hf is None
+    with pytest.raises(ValueError, match=r"give teacher\.hf or teacher\.checkpoint"):
+        load_config(arguments, required=required)
 
 
 def test_only_distillation_needs_a_teacher_and_only_some_objectives_need_responses():
