@@ -201,6 +201,12 @@ class RolloutConfig:
     cache_gib: float | None = None
     """Memory for keys and values on each rank, in GiB; null for as much as `batch_size` sequences need, within what is
     free. Where it is too little, the sequence that began last makes room, and goes on later."""
+    attention: Literal["auto", "sdpa", "flash"] = "auto"
+    """Kernel that attends to the cache: `flash`, the flash-attention package's, for 16-bit models on GPUs; `sdpa`,
+    PyTorch's; `auto`, `flash` where it can serve, else `sdpa`. Training has its own, `attention.backend`."""
+    cuda_graphs: bool = True
+    """Replay forwards of up to two blocks per sequence as CUDA graphs, which saves the time to launch their kernels one
+    by one. Only with `flash`, for dense models without pipeline parallelism; elsewhere it has no effect."""
     pipeline_micro_groups: int | None = None
     """Under pipeline parallelism, groups that these sequences are split into, so that a stage can work on one while the
     next stage works on another; null for as many as there are stages."""

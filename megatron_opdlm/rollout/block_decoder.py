@@ -20,7 +20,7 @@ Legend: `A` sequences of a forward, `D` of them that denoise, `K` block, `M` mas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import torch
 
@@ -35,6 +35,7 @@ from megatron_opdlm.parallel.device import to_device
 from megatron_opdlm.parallel.stage_link import Shared
 from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
 from megatron_opdlm.rollout.forward import cached_forward
+from megatron_opdlm.rollout.forward_graphs import ForwardGraphs
 from megatron_opdlm.rollout.kv_cache import KeyValueCache, QueryTokens, listed
 from megatron_opdlm.rollout.rounds import COMPANY, is_anyone_decoding
 from megatron_opdlm.rollout.scheduler import ForwardPlan, Scheduler
@@ -62,10 +63,11 @@ class BlockDecoder:
         shard: VocabularyShard,
         statistics: RolloutStatistics,
         on_finished: Callable[[int, Trajectory], None],
+        graphs: ForwardGraphs | None = None,
     ) -> None:
         self.model, self.cache, self.scheduler, self.slots = model, cache, scheduler, scheduler.slots
         self.rollout, self.special, self.shard = rollout, special, shard
-        self.statistics, self.on_finished = statistics, on_finished
+        self.statistics, self.on_finished, self.graphs = statistics, on_finished, graphs
         self.schedule_S = commit_schedule(rollout.block_size, rollout.denoising_steps_per_block)
         self.output_before_BH: torch.Tensor | None = None
         """The last stage's output at the position before each slot's block, where the logits are shifted."""
@@ -89,7 +91,7 @@ class BlockDecoder:
     def _take_step(self, plan: ForwardPlan) -> Work:
         """One forward; draws and commits for the sequences that denoise in it."""
         tokens = self._query_tokens(plan)
-        hidden_TH = yield from cached_forward(self.model, self.cache, self.cache.place(tokens))
+        hidden_TH = yield from self._forward(tokens)
         self.slots.num_cached_B[plan.slots_A] += plan.num_clean_A
         self._count(plan, tokens)
         slots_D = plan.slots_A[plan.is_denoising_A]
@@ -104,6 +106,12 @@ class BlockDecoder:
             self._commit(slots_D, place_DK, is_masked_DK, drawn_3M)
             for slot in self.slots.advance(slots_D).tolist():
                 self.on_finished(*self.scheduler.finish(slot))
+
+    def _forward(self, tokens: QueryTokens) -> Generator[None, None, torch.Tensor | None]:
+        """`cached_forward`, as a replayed graph where there is one."""
+        if self.graphs is not None and self.graphs.takes(tokens):
+            return self.graphs.forward(tokens)
+        return (yield from cached_forward(self.model, self.cache, self.cache.place(tokens)))
 
     def _query_tokens(self, plan: ForwardPlan) -> QueryTokens:
         first_A = self.slots.num_cached_B[plan.slots_A]

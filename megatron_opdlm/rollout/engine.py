@@ -24,6 +24,8 @@ from megatron_opdlm.data.special_tokens import SpecialTokens
 from megatron_opdlm.diffusion.randomness import sequence_generator
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.models.pipeline import PipelineModel
+from megatron_opdlm.parallel.device import device
+from megatron_opdlm.rollout.attention_choice import choose_attention
 from megatron_opdlm.rollout.generation import Generation
 from megatron_opdlm.rollout.sequences import DecodingRequest
 from megatron_opdlm.rollout.statistics import RolloutStatistics
@@ -64,6 +66,7 @@ class RolloutEngine:
     ) -> None:
         self.model, self.rollout, self.special, self.seed = model, rollout, special, seed
         self.show_progress = show_progress
+        self._build_attention = choose_attention(rollout, model.config, device())
         self.statistics = RolloutStatistics.of_blocks(rollout.block_size)
         """Of the latest rollout."""
         self._group = groups.dp_cp if groups is not None and groups.dp_cp.size() > 1 else None
@@ -97,7 +100,9 @@ class RolloutEngine:
         requests = [self._request(index, task, step) for index, task in enumerate(tasks)]
         threshold = self.rollout.dynamic_threshold if dynamic_threshold is None else dynamic_threshold
         rollout = replace(self.rollout, dynamic_threshold=threshold)
-        generation = Generation(self.model, rollout, self.special, requests, queue, self.show_progress)
+        generation = Generation(
+            self.model, rollout, self.special, requests, queue, self._build_attention, self.show_progress
+        )
         finished = {places[index]: trajectory for index, trajectory in generation.run().items()}
         self.statistics = generation.statistics
         return dict(sorted(self._bring_home(finished).items()))

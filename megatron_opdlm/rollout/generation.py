@@ -1,7 +1,7 @@
 """One rollout on this rank, from the requests to their trajectories.
 
     queue = WorkQueue([request.longest(4) for request in requests], group)
-    generation = Generation(model, rollout, special, requests, queue)
+    generation = Generation(model, rollout, special, requests, queue, choose_attention(rollout, model.config, device))
     finished = generation.run()                    # {index of a request: its trajectory}, those decoded here
     generation.statistics.num_forwards
 
@@ -23,11 +23,12 @@ from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.parallel.device import device
 from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
+from megatron_opdlm.rollout.attention_choice import BuildAttention
 from megatron_opdlm.rollout.block_decoder import BlockDecoder
 from megatron_opdlm.rollout.cache_size import CacheSize, cache_size
+from megatron_opdlm.rollout.forward_graphs import CudaCapture, ForwardGraphs, graphs_refusal
 from megatron_opdlm.rollout.kv_cache import KeyValueCache, attached
 from megatron_opdlm.rollout.page_pool import PagePool
-from megatron_opdlm.rollout.paged_attention import SdpaPagedAttention
 from megatron_opdlm.rollout.scheduler import Scheduler
 from megatron_opdlm.rollout.sequences import DecodingRequest, Slots, Waiting
 from megatron_opdlm.rollout.statistics import RolloutStatistics
@@ -55,6 +56,7 @@ class Generation:
         special: SpecialTokens,
         requests: list[DecodingRequest],
         queue: WorkQueue,
+        build_attention: BuildAttention,
         show_progress: bool = False,
     ) -> None:
         self.model, self.rollout, self.special, self.requests, self.queue = model, rollout, special, requests, queue
@@ -63,13 +65,7 @@ class Generation:
         self.finished: dict[int, Trajectory] = {}
         self.num_slots = max(1, min(rollout.batch_size, -(-len(requests) // queue.num_ranks)))
         self.longest = max((request.longest(rollout.block_size) for request in requests), default=rollout.block_size)
-        self.attention = SdpaPagedAttention(
-            rollout.block_size,
-            model.config.num_attention_heads // model.config.num_query_groups,
-            self.longest,
-            model.config.params_dtype,
-            device(),
-        )
+        self.attention = build_attention(self.longest)
         self.bar = tqdm(desc="rollout", unit=" sequences", total=0, leave=False, delay=5, disable=not show_progress)
 
     def run(self) -> dict[int, Trajectory]:
@@ -101,21 +97,34 @@ class Generation:
         num_decoders = self.rollout.pipeline_micro_groups or self.model.link.num_stages
         num_slots = -(-self.num_slots // num_decoders)
         size = self._cache_size(num_decoders, num_slots)
-        shard = _vocabulary_shard(self.model, self.special)
         cache = KeyValueCache(num_decoders * size.num_pages + 1, self.attention, device())
-        decoders = []
-        for place in range(num_decoders):
-            pages = range(1 + place * size.num_pages, 1 + (place + 1) * size.num_pages)
-            pool = PagePool(pages, num_slots, size.pages_of_longest, self.attention.page_size)
-            slots = Slots(num_slots, self.longest, self.rollout, self.special)
-            scheduler = Scheduler(slots, pool, self.waiting, self.rollout)
-            decoders.append(
-                BlockDecoder(
-                    self.model, cache, scheduler, self.rollout, self.special, shard, self.statistics, self._keep
-                )
-            )
+        self.graphs = self._graphs(cache, num_slots)
         self.statistics.num_pages = num_decoders * size.num_pages
-        return decoders, cache
+        return [self._decoder(cache, size, num_slots, place) for place in range(num_decoders)], cache
+
+    def _decoder(self, cache: KeyValueCache, size: CacheSize, num_slots: int, place: int) -> BlockDecoder:
+        pages = range(1 + place * size.num_pages, 1 + (place + 1) * size.num_pages)
+        pool = PagePool(pages, num_slots, size.pages_of_longest, self.attention.page_size)
+        slots = Slots(num_slots, self.longest, self.rollout, self.special)
+        return BlockDecoder(
+            self.model,
+            cache,
+            Scheduler(slots, pool, self.waiting, self.rollout),
+            self.rollout,
+            self.special,
+            _vocabulary_shard(self.model, self.special),
+            self.statistics,
+            self._keep,
+            self.graphs,
+        )
+
+    def _graphs(self, cache: KeyValueCache, num_slots: int) -> ForwardGraphs | None:
+        """For forwards that read a block of each slot, and one that has just become clean."""
+        reason = graphs_refusal(self.model, self.attention, device()) if self.rollout.cuda_graphs else "not asked for"
+        if reason:
+            logger.debug("rollout.cuda_graphs: none: %s", reason)
+            return None
+        return ForwardGraphs(self.model, cache, self.rollout.block_size, 2 * num_slots, CudaCapture())
 
     def _cache_size(self, num_decoders: int, num_slots: int) -> CacheSize:
         size = cache_size(
@@ -151,6 +160,7 @@ class Generation:
         self.statistics.seconds = seconds
         self.statistics.num_pairs = self.attention.num_pairs
         self.statistics.num_hidden_pairs = self.attention.num_hidden_pairs
+        self.statistics.num_replays = self.graphs.num_replays if self.graphs is not None else 0
         self.statistics.num_preemptions = sum(decoder.scheduler.num_preemptions for decoder in decoders)
         self.statistics.peak_pages = sum(decoder.scheduler.pool.peak for decoder in decoders)
         if self.model.link.num_stages > 1:

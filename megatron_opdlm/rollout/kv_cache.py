@@ -72,10 +72,17 @@ def listed(first_A: torch.Tensor, counts_A: torch.Tensor) -> tuple[torch.Tensor,
 
 
 class PagedAttention(Protocol[Layout]):
-    """A kernel that attends to keys and values in pages. `rollout.paged_attention` has those there are."""
+    """A kernel that attends to keys and values in pages. `rollout.attention_choice` names those there are."""
 
     page_size: int
     """Tokens of a page."""
+    is_capturable: bool
+    """Whether a CUDA graph can hold it: a layout is a named tuple of tensors on the device, their shapes follow from
+    the number of tokens, and nothing waits for the device."""
+    num_pairs: int
+    """Query-key pairs so far, per layer and head."""
+    num_hidden_pairs: int
+    """Those of them that a mask hid."""
 
     def lay_out(self, tokens: QueryTokens) -> Layout:
         """What all layers of a forward share."""

@@ -53,6 +53,8 @@ class SdpaPagedAttention:
     On the CPU and on GPUs; on a GPU it has not been run yet.
     """
 
+    is_capturable = False  # the calls depend on which lengths there are
+
     def __init__(
         self, block_size: int, num_heads_per_group: int, longest: int, dtype: torch.dtype, device: torch.device
     ) -> None:

@@ -23,8 +23,10 @@ class RolloutStatistics:
     """How often it was committed."""
     num_forwards: int = 0
     """Of the model."""
+    num_replays: int = 0
+    """Those of them that a CUDA graph replayed."""
     num_prefill_forwards: int = 0
-    """Those of them in which no sequence took a denoising step."""
+    """Forwards in which no sequence took a denoising step."""
     num_sequence_steps: int = 0
     """Denoising steps, added up over the sequences."""
     num_query_tokens: int = 0
@@ -62,6 +64,7 @@ class RolloutStatistics:
             ("forwards_per_token", self.num_forwards, self.num_tokens),
             ("tokens_per_second_per_rank", self.num_tokens, seconds),
             ("padding_share", self.num_hidden_pairs, self.num_pairs),
+            ("replay_share", self.num_replays, self.num_forwards),
             ("cache_use", self.peak_pages, self.num_pages),
             ("idle_share", self.idle_seconds, seconds),
             *(

@@ -68,7 +68,7 @@ class FlashAttention(AttentionBackend):
         if case.kernel == "fa3" and not is_hopper:
             found = as_version(case.compute_capability)
             return f"attention.kernel (fa3) needs compute capability 9.x, the GPU has {found}"
-        if _installed_module(case) is None:
+        if installed_module(case) is None:
             wanted = "flash-attn 2.7 or newer" if case.kernel == "fa2" or not is_hopper else "flash-attn 3"
             wanted += ", or 2.7 or newer" if case.kernel == "auto" and is_hopper else ""
             return f"the package is not installed: attention.kernel ({case.kernel}) needs {wanted}"
@@ -80,7 +80,7 @@ class FlashAttention(AttentionBackend):
         Raises:
             ValueError: it cannot be imported, or its functions are not those of a version that is understood.
         """
-        generation, module_name = _installed_module(case)
+        generation, module_name = installed_module(case)
         if case.kernel == "auto":
             logger.info("attention.kernel auto: %s", generation)
         try:
@@ -94,7 +94,7 @@ class FlashAttention(AttentionBackend):
         return block_diffusion_attention(streams, lengths, block_size, scale, self.kernel)
 
 
-def _installed_module(case: AttentionCase) -> tuple[str, str] | None:
+def installed_module(case: AttentionCase) -> tuple[str, str] | None:
     """The generation to use, `fa3` or `fa2`, and its module; None if nothing that fits the case is installed."""
     generations = [case.kernel] if case.kernel != "auto" else ["fa3", "fa2"]
     if case.compute_capability[0] != 9:

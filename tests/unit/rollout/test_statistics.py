@@ -13,7 +13,15 @@ def statistics(offered: list[int], committed: list[int], **counts) -> RolloutSta
 
 
 def test_a_rank_reports_its_shares_and_nothing_of_what_did_not_happen():
-    counts = {"num_forwards": 6, "num_tokens": 4, "seconds": 1.5, "idle_seconds": 0.5, "num_pages": 8, "peak_pages": 2}
+    counts = {
+        "num_forwards": 6,
+        "num_replays": 3,
+        "num_tokens": 4,
+        "seconds": 1.5,
+        "idle_seconds": 0.5,
+        "num_pages": 8,
+        "peak_pages": 2,
+    }
     reported = statistics([8, 0], [2, 0], num_pairs=10, num_hidden_pairs=1, num_preemptions=3, **counts).metrics()
     assert reported.values() == {
         "rollout/acceptance_at_0": 0.25,
@@ -22,6 +30,7 @@ def test_a_rank_reports_its_shares_and_nothing_of_what_did_not_happen():
         "rollout/idle_share": 0.25,
         "rollout/padding_share": 0.1,
         "rollout/preemptions": 3,
+        "rollout/replay_share": 0.5,
         "rollout/tokens_per_second_per_rank": 2.0,
     }
 
