@@ -2,7 +2,7 @@
 
 replay, hidden = record(forward)             # as `CudaCapture`: the same operations on the same memory, no Python
 
-with DeviceWaits(model, monkeypatch) as device:
+with DeviceWaits(model) as device:
     engine.generate(tasks, step=0)           # AssertionError where a GPU would be waited for
 device.num_copies                            # tensors that were copied to the host on purpose
 """
@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -37,12 +38,13 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def replay(self) -> None:
-        """Runs them once more, each into the memory where its result was."""
-        for function, arguments, settings, result in self.calls:
-            again = function(*arguments, **settings)
-            for place, tensor in zip(_tensors(result), _tensors(again), strict=True):
-                if place.data_ptr() != tensor.data_ptr():
-                    place.copy_(tensor)
+        """Runs them once more, each into the memory where its result was; the host has no part in it."""
+        with _disable_current_modes():
+            for function, arguments, settings, result in self.calls:
+                again = function(*arguments, **settings)
+                for place, tensor in zip(_tensors(result), _tensors(again), strict=True):
+                    if place.data_ptr() != tensor.data_ptr():
+                        place.copy_(tensor)
 
 
 def record(forward: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
@@ -60,33 +62,20 @@ class DeviceWaits(TorchDispatchMode):
     of the host; and where one gets to the device other than by `to_device`.
     """
 
-    def __init__(self, model, monkeypatch) -> None:
+    def __init__(self, model) -> None:
         super().__init__()
         self.num_copies = 0
+        self._calls = _Calls(self)
         for tensor in [*model.parameters(), *(chunk.rotary_pos_emb.inv_freq for chunk in model.chunks)]:
             tensor.is_on_device = True
-        move, copy_to_list, copy_to_host = torch.Tensor.to, torch.Tensor.tolist, torch.Tensor.cpu
 
-        def to(tensor, *arguments, **settings):
-            if not (arguments and isinstance(arguments[0], torch.device)) or is_on_device(tensor):
-                return move(tensor, *arguments, **settings)
-            assert sys._getframe(1).f_code.co_name == "to_device", "a tensor is moved by a copy that waits"
-            moved = tensor.clone()
-            moved.is_on_device = True
-            return moved
+    def __enter__(self):
+        self._calls.__enter__()
+        return super().__enter__()
 
-        def tolist(tensor):
-            assert not is_on_device(tensor), "tolist waits for the device"
-            return copy_to_list(tensor)
-
-        def cpu(tensor):
-            self.num_copies += is_on_device(tensor)
-            copied = copy_to_host(tensor).clone()
-            copied.is_on_device = False
-            return copied
-
-        for name, function in (("to", to), ("tolist", tolist), ("cpu", cpu)):
-            monkeypatch.setattr(torch.Tensor, name, function)
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._calls.__exit__(*error)
 
     def __torch_dispatch__(self, function, types, arguments=(), settings=None):
         settings = settings or {}
@@ -96,10 +85,37 @@ class DeviceWaits(TorchDispatchMode):
             assert not _waits(function, arguments), f"{function} waits for the device"
             strangers = [tensor for tensor in operands if tensor.dim() and not is_on_device(tensor)]
             assert not strangers, f"{function} of a tensor on the device and one on the host"
+        return _marked(function(*arguments, **settings), is_of_device)
+
+
+class _Calls(TorchFunctionMode):
+    """What of `DeviceWaits` has to be seen as it was written: `device=`, `.to`, `.tolist`, `.cpu`."""
+
+    def __init__(self, waits: DeviceWaits) -> None:
+        super().__init__()
+        self._waits = waits
+
+    def __torch_function__(self, function, types, arguments=(), settings=None):
+        settings = settings or {}
+        if function is torch.Tensor.tolist:
+            assert not is_on_device(arguments[0]), "tolist waits for the device"
+        if function is torch.Tensor.cpu:
+            self._waits.num_copies += is_on_device(arguments[0])
+            return _marked(arguments[0].clone(), False)
+        if function is torch.Tensor.to and isinstance(arguments[1], torch.device) and not is_on_device(arguments[0]):
+            assert sys._getframe(1).f_code.co_name == "to_device", "a tensor is moved by a copy that waits"
+            return _marked(arguments[0].clone(), True)
         result = function(*arguments, **settings)
-        for tensor in _tensors(result):
-            tensor.is_on_device = is_of_device or settings.get("device") is not None
-        return result
+        if settings.get("device") is None:
+            return result
+        assert function.__name__ != "tensor", "values are moved by a copy that waits"
+        return _marked(result, True)
+
+
+def _marked(result, is_on_device: bool):
+    for tensor in _tensors(result):
+        tensor.is_on_device = is_on_device
+    return result
 
 
 def is_on_device(tensor: torch.Tensor) -> bool:

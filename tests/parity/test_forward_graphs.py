@@ -148,10 +148,18 @@ SAMPLING = {
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("attention", ["sdpa", "flash", "flash in graphs"])
 def test_a_forward_waits_for_the_device_once_to_see_what_was_drawn(student, graphs, monkeypatch, attention, sampling):
+    from megatron_opdlm.rollout.block_decoder import BlockDecoder
+
     settings = {"attention": attention.split()[0], "cuda_graphs": "graphs" in attention} | SAMPLING[sampling]
     _, expected = generate(student, **settings)
-    with DeviceWaits(student[0], monkeypatch) as device:
-        statistics, actual = generate(student, **settings)
+    device, take_step = DeviceWaits(student[0]), BlockDecoder._take_step
+
+    def take_watched_step(decoder, plan):
+        with device:
+            yield from take_step(decoder, plan)
+
+    monkeypatch.setattr(BlockDecoder, "_take_step", take_watched_step)
+    statistics, actual = generate(student, **settings)
     assert device.num_copies == statistics.num_forwards
     assert (statistics.num_replays > 0) == ("graphs" in attention)
     assert_same(actual, expected)
@@ -172,8 +180,8 @@ WAITING = {
 
 
 @pytest.mark.parametrize("what", WAITING)
-def test_what_waits_for_a_device_is_noticed(student, monkeypatch, what):
-    with DeviceWaits(student[0], monkeypatch):
+def test_what_waits_for_a_device_is_noticed(student, what):
+    with DeviceWaits(student[0]):
         x = to_device(torch.tensor([0, 1, 2]), CPU)
         x[to_device(torch.tensor([0]), CPU)] = 0
         x[x > 5] = 1

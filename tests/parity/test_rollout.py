@@ -7,6 +7,7 @@ same uniform numbers.
 from __future__ import annotations
 
 import functools
+import json
 
 import pytest
 import torch
@@ -191,6 +192,36 @@ def test_defect_4_special_tokens_reach_the_trained_states_as_ids(student, folder
     for row, trajectory in enumerate(trajectories):
         num_tokens = len(trajectory.terminal_ids_T)
         assert states.clean_ids_BT[row, :num_tokens].equal(trajectory.terminal_ids_T)
+
+
+@pytest.mark.parametrize("enable_thinking", [False, True])
+def test_what_opens_and_closes_thinking_goes_through_decoding_as_ids(student, folder, tmp_path, enable_thinking):
+    """As in Qwen3's template, a prompt that shall not think gets its thoughts, empty ones, written for it."""
+    from transformers import AutoTokenizer
+
+    from megatron_opdlm.data.prompts import read_prompts
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template += "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    think, done = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    rows = [{"question": f"{number}+1="} for number in (1, 22, 333, 4444)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    prompts = read_prompts(
+        [tmp_path / "rows.json"],
+        tokenizer,
+        max_prompt_tokens=100,
+        apply_chat_template=True,
+        enable_thinking=enable_thinking,
+    ).prompts
+    model, special = student
+    assert not {think, done} & set(special.end_token_ids), "a response goes on behind its thoughts"
+    prefer(model, think)
+    trajectories = generate(student, rollout_settings(dynamic_threshold=0.1), prompts)[1]
+    for prompt, trajectory in zip(prompts, trajectories, strict=True):
+        assert [prompt.token_ids.count(token) for token in (think, done)] == [not enable_thinking] * 2
+        assert trajectory.terminal_ids_T[: trajectory.prompt_length].tolist() == list(prompt.token_ids)
+    behind_think = [t.response_ids.tolist().index(think) + 1 for t in trajectories if think in t.response_ids]
+    assert behind_think and any(t.response_length > min(behind_think) for t in trajectories)
 
 
 @pytest.mark.parametrize("case", ["dynamic", "dynamic, 3 steps for 8", "top-p"])
