@@ -36,8 +36,11 @@ def student(folder, world_of_one):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Flash-attention and CUDA graphs as if there were a GPU; what has been captured, as numbers of tokens."""
-    from megatron_opdlm.rollout import generation
+    """Flash-attention and CUDA graphs as if there were a GPU; what has been captured, as numbers of tokens.
+
+    Sizes are powers of two, so that small forwards are filled up too.
+    """
+    from megatron_opdlm.rollout import forward_graphs, generation
 
     captured = []
 
@@ -47,6 +50,7 @@ def graphs(monkeypatch):
         return replay, hidden_TH
 
     install_flash(monkeypatch, "flash-attn 3")
+    monkeypatch.setattr(forward_graphs, "filled_up", lambda num_blocks: 1 << (num_blocks - 1).bit_length())
     monkeypatch.setattr(generation, "graphs_refusal", lambda *_: None)
     monkeypatch.setattr(generation, "CudaCapture", lambda: capture)
     return captured
