@@ -149,7 +149,7 @@ def test_a_threshold_of_its_own_holds_for_one_call(student):
     from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
 
     model, special = student
-    rollout = RolloutConfig(max_new_tokens=12, dynamic_threshold=0.1)
+    rollout = RolloutConfig(max_new_tokens=12, dynamic_threshold=0.01)
     engine, tasks = RolloutEngine(model, rollout, special, seed=11), [RolloutTask(prompts()[7], 12)]
     (usual,), (careful,), (usual_again,) = (engine.generate(tasks, 3, *own) for own in ((), (1.0,), ()))
     strict = RolloutEngine(model, dataclasses.replace(rollout, dynamic_threshold=1.0), special, seed=11)

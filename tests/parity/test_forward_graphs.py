@@ -72,7 +72,7 @@ def test_replayed_forwards_do_not_depend_on_the_company(student, graphs, setting
     statistics, actual = generate(student, dynamic_threshold=0.1, **settings)
     assert_same(actual, expected)
     assert statistics.num_replays
-    assert statistics.metrics()["rollout/replay_share"] == statistics.num_replays / statistics.num_forwards
+    assert statistics.metrics().values()["rollout/replay_share"] == statistics.num_replays / statistics.num_forwards
 
 
 def test_without_the_setting_nothing_is_captured(student, graphs):
