@@ -22,7 +22,7 @@ with w of `divergence.reverse_weight` and a of `divergence.jsd_alpha`. At a = 0.
 symmetric and at most log 2. In dJSD/dq_v the mixture's own change adds -(1 - a) (a p_v + (1 - a) q_v) / m_v, which is a
 constant, so only the logarithm is left.
 
-A token without any probability has `LOWEST` for its log-probability, so that every product is finite.
+A token without any probability has about `LOWEST` for its log-probability, so that every product is finite.
 
 Shapes: C positions, O outcomes on this rank.
 """
@@ -37,8 +37,8 @@ import torch
 from megatron_opdlm.config.schema import DivergenceConfig, DivergenceKind
 
 LOWEST = -1e4
-"""Log-probabilities below this count as this. Its exponential is zero in float64 too, so what has no probability adds
-nothing to a sum under it; under the other distribution it costs 10,000 nats and not infinitely many."""
+"""About the log-probability that a token without any probability counts with. Its exponential is zero in float64 too,
+so under its own distribution it adds nothing to a sum; under the other it costs 10,000 nats, not infinitely many."""
 
 Divergence = Callable[[torch.Tensor, torch.Tensor, DivergenceConfig], tuple[torch.Tensor, torch.Tensor]]
 
@@ -48,7 +48,7 @@ def divergence_and_slopes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The terms summed up over these outcomes [C], and the slopes [C, O], which take the memory of `log_p_CO`.
 
-    Log-probabilities are finite, `LOWEST` or more. Beside the two arguments it uses the memory of one tensor of their
+    Log-probabilities are finite. Beside the two arguments it uses the memory of one tensor of their
     shape, of two for `mixture` and `jsd`. Communicates nothing: what lies on other ranks is the caller's to add.
     """
     return DIVERGENCES[settings.kind](log_p_CO, log_q_CO, settings)

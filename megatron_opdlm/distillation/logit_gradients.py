@@ -43,30 +43,35 @@ def figures_and_gradient(
     Overwrites both logits. Three chunk-sized buffers are alive at a time, these two included; four for `mixture` and
     `jsd` over the whole vocabulary. Communicates over `shard.group`; all of its ranks must call it.
     """
-    best_2C = _to_log_probs_(student_CV, teacher_CV, shard)
+    target_C, entropy_C, agrees_C = _to_log_probs_(student_CV, teacher_CV, target_ids_C, shard)
     log_q_CV, log_p_CV = student_CV, teacher_CV
-    row_C, is_here_C = shard.locate(target_ids_C)
-    target_C = log_q_CV.gather(1, row_C[:, None])[:, 0] * is_here_C
-    entropy_C = log_q_CV.exp().mul_(log_q_CV).sum(-1).neg_()
-    target_C, entropy_C = sum_over_ranks_(torch.stack([target_C, entropy_C]), shard)
     if chosen_ids_Ck is None:
         divergence_C, gradient_CV = _over_vocabulary(log_p_CV, log_q_CV, settings, shard)
     else:
         divergence_C, gradient_CV = _over_candidates(log_p_CV, log_q_CV, chosen_ids_Ck, settings, shard)
-    agrees_C = (best_2C[0] == best_2C[1]).to(divergence_C.dtype)
     return torch.stack([divergence_C, target_C, entropy_C, agrees_C]), gradient_CV
 
 
-def _to_log_probs_(student_CV: torch.Tensor, teacher_CV: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
-    """Turns both logits into log-probabilities of at least `LOWEST`, in place; the most likely ids [2, C] of each."""
-    both, (largest_2C, best_2C) = (student_CV, teacher_CV), global_argmax([student_CV, teacher_CV], shard)
-    # The largest logit goes first: what is left is small where the probability is large, and so are its roundings.
-    for logits_CV, largest_C in zip(both, largest_2C, strict=True):
-        logits_CV.sub_(largest_C[:, None])
-    totals_2C = sum_over_ranks_(torch.stack([logits_CV.exp().sum(-1) for logits_CV in both]), shard)
-    for logits_CV, log_total_C in zip(both, totals_2C.log(), strict=True):
-        logits_CV.sub_(log_total_C[:, None]).clamp_(min=LOWEST)
-    return best_2C
+def _to_log_probs_(
+    student_CV: torch.Tensor, teacher_CV: torch.Tensor, target_ids_C: torch.Tensor, shard: VocabularyShard
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Turns both logits into finite log-probabilities in place; the figures of the student that need no divergence.
+
+    The largest logit goes first: what is left is small where the probability is large, and so are its roundings.
+    """
+    top_2C, best_2C = global_argmax([student_CV, teacher_CV], shard)
+    student_CV.sub_(top_2C[0, :, None]).clamp_(min=LOWEST)
+    teacher_CV.sub_(top_2C[1, :, None]).clamp_(min=LOWEST)
+    row_C, is_here_C = shard.locate(target_ids_C)
+    target_C = student_CV.gather(1, row_C[:, None])[:, 0] * is_here_C
+    teacher_C, student_exp_CV = teacher_CV.exp().sum(-1), student_CV.exp()
+    student_C = student_exp_CV.sum(-1)
+    local_4C = torch.stack([student_C, teacher_C, student_exp_CV.mul_(student_CV).sum(-1), target_C])
+    student_C, teacher_C, energy_C, target_C = sum_over_ranks_(local_4C, shard)
+    student_CV.sub_(student_C.log()[:, None])
+    teacher_CV.sub_(teacher_C.log()[:, None])
+    log_student_C, agrees_C = student_C.log(), best_2C[0] == best_2C[1]
+    return target_C - log_student_C, log_student_C - energy_C / student_C, agrees_C.to(target_C.dtype)
 
 
 def _over_vocabulary(
