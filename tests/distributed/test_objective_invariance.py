@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opdlm.config.schema import DataConfig, LoggingConfig, ObjectiveConfig
+from megatron_opdlm.config.schema import DataConfig, LoggingConfig, ObjectiveConfig, TrainingConfig
 from tests.distributed.test_train_step_invariance import Run, train
 from tests.ranks import run_on_ranks
 from tests.tiny_qwen3 import make_tiny_qwen3, write_answered_prompts
@@ -36,6 +36,13 @@ def train_all(rank: int, runs: list[Run], root: Path) -> dict[tuple[Run, str], l
             sections = {
                 "objective": objective,
                 "data": DataConfig(train_files=[str(root / "rows.jsonl")]),
+                "training": TrainingConfig(
+                    max_steps=2,
+                    num_prompts_per_step=8,
+                    global_batch_size=8,
+                    micro_batch_size=run.micro_batch_size,
+                    pad_to_multiple=8,
+                ),
                 "logging": LoggingConfig(directory=str(root / f"{run} {name}"), tensorboard=False, progress_bar=False),
             }
             results[run, name] = train(run, root, **sections)[0]
