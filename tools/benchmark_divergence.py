@@ -44,7 +44,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from megatron_opdlm.config.schema import DivergenceConfig, DivergenceKind
+from megatron_opdlm.config.method import DivergenceKind
+from megatron_opdlm.config.schema import DivergenceConfig
 from megatron_opdlm.observability.measurement import measure_in_process, peak_mib
 
 if TYPE_CHECKING:

@@ -12,15 +12,12 @@ import math
 import os
 from collections.abc import Iterable
 
-from megatron_opdlm.config.check_method import check_curricula, check_lora, check_states
+from megatron_opdlm.config.check_method import check_curricula, check_divergence, check_lora, check_states
 from megatron_opdlm.config.overrides import check_overrides, check_recompute
-from megatron_opdlm.config.rules import at_least as _at_least
-from megatron_opdlm.config.rules import require as _require
-from megatron_opdlm.config.rules import within as _within
+from megatron_opdlm.config.rules import at_least, require, within
 from megatron_opdlm.config.schema import (
     CheckpointConfig,
     Config,
-    DivergenceConfig,
     EvaluationConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -39,12 +36,12 @@ def check_config(config: Config, world_size: int | None) -> None:
     _check_rollout(config.rollout)
     check_states(config.states)
     check_objective(config.objective, config.rollout, config.curricula)
-    _check_divergence(config.divergence)
+    check_divergence(config.divergence)
     check_curricula(config.curricula, config.rollout)
     _check_optimizer(config.optimizer)
     _check_training(config.training, config.rollout)
     _check_intervals(config.checkpoint, config.evaluation)
-    _at_least(
+    at_least(
         1,
         "data",
         max_prompt_tokens=config.data.max_prompt_tokens,
@@ -70,72 +67,72 @@ def check_required(config: Config, required: Iterable[str]) -> None:
             continue
         if name in ("student", "teacher"):
             model = getattr(config, name)
-            _require(model.hf or model.checkpoint, f"give {name}.hf or {name}.checkpoint")
+            require(model.hf or model.checkpoint, f"give {name}.hf or {name}.checkpoint")
             _check_folder(f"{name}.hf" if model.hf else f"{name}.checkpoint", model.hf or model.checkpoint)
         else:
             files = {"data.train_files": config.data.train_files, "evaluation.files": config.evaluation.files}[name]
-            _require(files, f"give {name}, at least one file")
+            require(files, f"give {name}, at least one file")
             for file in files:
-                _require(os.path.isfile(file), f"{name}: there is no file {file}")
+                require(os.path.isfile(file), f"{name}: there is no file {file}")
 
 
 def _check_folder(name: str, folder: str) -> None:
-    _require(os.path.isdir(folder), f"{name}: there is no folder {folder}")
+    require(os.path.isdir(folder), f"{name}: there is no folder {folder}")
 
 
 def _check_models(config: Config) -> None:
     for name, model in (("student", config.student), ("teacher", config.teacher)):
         both = model.hf is not None and model.checkpoint is not None
-        _require(
+        require(
             not both, f"{name}.hf ({model.hf}) and {name}.checkpoint ({model.checkpoint}) exclude each other: give one"
         )
         check_overrides(name, model.transformer)
     check_recompute(config.training.recompute, config.student.transformer, config.teacher.transformer)
-    _require(config.student.mask_token, "student.mask_token () must not be empty")
+    require(config.student.mask_token, "student.mask_token () must not be empty")
 
 
 def _check_parallel(parallel: ParallelConfig) -> None:
     size = parallel.tensor_model_parallel_size
-    _at_least(
+    at_least(
         1,
         "parallel",
         tensor_model_parallel_size=size,
         context_parallel_size=parallel.context_parallel_size,
         make_vocab_size_divisible_by=parallel.make_vocab_size_divisible_by,
     )
-    _require(
+    require(
         not parallel.sequence_parallel or size > 1,
         f"parallel.sequence_parallel (true) needs parallel.tensor_model_parallel_size ({size}) to be over 1",
     )
     num_stages, num_chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    _at_least(1, "parallel", pipeline_model_parallel_size=num_stages)
-    _at_least(2, "parallel", virtual_pipeline_model_parallel_size=num_chunks)
-    _require(
+    at_least(1, "parallel", pipeline_model_parallel_size=num_stages)
+    at_least(2, "parallel", virtual_pipeline_model_parallel_size=num_chunks)
+    require(
         num_chunks is None or num_stages > 1,
         f"parallel.virtual_pipeline_model_parallel_size ({num_chunks}) needs parallel.pipeline_model_parallel_size "
         f"({num_stages}) to be over 1",
     )
     _check_expert_parallel(parallel)
     minutes = parallel.distributed_timeout_minutes
-    _require(minutes > 0, f"parallel.distributed_timeout_minutes ({minutes}) must be over 0")
+    require(minutes > 0, f"parallel.distributed_timeout_minutes ({minutes}) must be over 0")
 
 
 def _check_expert_parallel(parallel: ParallelConfig) -> None:
     """What expert parallelism needs of the other sizes; what it needs of the models is in `models.build`."""
     size, experts = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     expert_size, num_chunks = parallel.expert_tensor_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    _at_least(1, "parallel", expert_model_parallel_size=experts, expert_tensor_parallel_size=expert_size)
-    _require(
+    at_least(1, "parallel", expert_model_parallel_size=experts, expert_tensor_parallel_size=expert_size)
+    require(
         expert_size is None or size % expert_size == 0,
         f"parallel.expert_tensor_parallel_size ({expert_size}) must divide parallel.tensor_model_parallel_size "
         f"({size})",
     )
-    _require(
+    require(
         experts == 1 or size == 1 or parallel.sequence_parallel,
         f"parallel.expert_model_parallel_size ({experts}) beside parallel.tensor_model_parallel_size ({size}) needs "
         "parallel.sequence_parallel (false) to be true",
     )
-    _require(
+    require(
         experts == 1 or num_chunks is None,
         f"parallel.virtual_pipeline_model_parallel_size ({num_chunks}) must be null under "
         f"parallel.expert_model_parallel_size ({experts}): ranks that decode different prompts would run different "
@@ -144,7 +141,7 @@ def _check_expert_parallel(parallel: ParallelConfig) -> None:
 
 
 def _check_rollout(rollout: RolloutConfig) -> None:
-    _at_least(
+    at_least(
         1,
         "rollout",
         block_size=rollout.block_size,
@@ -154,66 +151,33 @@ def _check_rollout(rollout: RolloutConfig) -> None:
         batch_size=rollout.batch_size,
         pipeline_micro_groups=rollout.pipeline_micro_groups,
     )
-    _at_least(1, "rollout.max_new_tokens_by_domain", **rollout.max_new_tokens_by_domain)
-    _require(
+    at_least(1, "rollout.max_new_tokens_by_domain", **rollout.max_new_tokens_by_domain)
+    require(
         rollout.denoising_steps_per_block <= rollout.block_size,
         f"rollout.denoising_steps_per_block ({rollout.denoising_steps_per_block}) must not exceed "
         f"rollout.block_size ({rollout.block_size})",
     )
-    _require(
+    require(
         rollout.max_tokens_in_flight >= 2 * rollout.block_size,
         f"rollout.max_tokens_in_flight ({rollout.max_tokens_in_flight}) must be at least two blocks of "
         f"rollout.block_size ({rollout.block_size})",
     )
-    _require(
+    require(
         rollout.cache_gib is None or rollout.cache_gib > 0, f"rollout.cache_gib ({rollout.cache_gib}) must be over 0"
     )
     _check_sampling(rollout)
 
 
 def _check_sampling(rollout: RolloutConfig) -> None:
-    _within(0, 1, "rollout", dynamic_threshold=rollout.dynamic_threshold)
-    _at_least(0, "rollout", entropy_bound=rollout.entropy_bound, temperature=rollout.temperature, top_k=rollout.top_k)
-    _require(0 < rollout.top_p <= 1, f"rollout.top_p ({rollout.top_p}) must be over 0 and at most 1")
+    within(0, 1, "rollout", dynamic_threshold=rollout.dynamic_threshold)
+    at_least(0, "rollout", entropy_bound=rollout.entropy_bound, temperature=rollout.temperature, top_k=rollout.top_k)
+    require(0 < rollout.top_p <= 1, f"rollout.top_p ({rollout.top_p}) must be over 0 and at most 1")
     for token_id in rollout.stop_token_ids:
-        _at_least(0, "rollout", stop_token_ids=token_id)
-
-
-def _check_divergence(divergence: DivergenceConfig) -> None:
-    _at_least(0, "divergence", top_k=divergence.top_k)
-    _at_least(1, "divergence", chunk_size=divergence.chunk_size)
-    _within(0, 1, "divergence", reverse_weight=divergence.reverse_weight)
-    kind, alpha, tail = divergence.kind, divergence.jsd_alpha, divergence.top_k_tail
-    _require(0 < alpha < 1, f"divergence.jsd_alpha ({alpha}) must be over 0 and below 1: at both ends JSD is zero")
-    _require(
-        divergence.top_k == 0 or tail != "none" or kind == "forward_kl",
-        f"divergence.top_k_tail ({tail}) must be renormalize or bucket under divergence.kind ({kind}): only forward_kl "
-        "is defined for a sum that is not normalised",
-    )
-    _check_target(divergence)
-
-
-def _check_target(divergence: DivergenceConfig) -> None:
-    """The filters on the teacher's distribution. Over a token that they leave no probability reverse KL is infinite."""
-    temperature, top_p = divergence.teacher_temperature, divergence.teacher_top_p
-    _require(
-        0 < temperature < math.inf,
-        f"divergence.teacher_temperature ({temperature}) must be over 0; for the argmax divergence.teacher_top_k is 1",
-    )
-    _at_least(0, "divergence", teacher_top_k=divergence.teacher_top_k)
-    _require(0 < top_p <= 1, f"divergence.teacher_top_p ({top_p}) must be over 0 and at most 1")
-    _within(0, 1, "divergence", teacher_min_p=divergence.teacher_min_p)
-    for name, no_filter in (("teacher_top_k", 0), ("teacher_top_p", 1), ("teacher_min_p", 0)):
-        value, kind = getattr(divergence, name), divergence.kind
-        _require(
-            value == no_filter or kind in ("forward_kl", "jsd"),
-            f"divergence.{name} ({value}) must be {no_filter} under divergence.kind ({kind}): KL(student || teacher) "
-            "is infinite where the teacher has no probability",
-        )
+        at_least(0, "rollout", stop_token_ids=token_id)
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
-    _at_least(
+    at_least(
         0,
         "optimizer",
         lr=optimizer.lr,
@@ -222,19 +186,19 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
         weight_decay=optimizer.weight_decay,
         clip_grad=optimizer.clip_grad,
     )
-    _at_least(1, "optimizer", lr_decay_steps=optimizer.lr_decay_steps)
-    _require(
+    at_least(1, "optimizer", lr_decay_steps=optimizer.lr_decay_steps)
+    require(
         optimizer.lr >= optimizer.min_lr,
         f"optimizer.lr ({optimizer.lr}) must not be below optimizer.min_lr ({optimizer.min_lr})",
     )
     for name, beta in (("adam_beta1", optimizer.adam_beta1), ("adam_beta2", optimizer.adam_beta2)):
-        _require(0 <= beta < 1, f"optimizer.{name} ({beta}) must be at least 0 and below 1")
-    _within(0, 1, "optimizer", cpu_offload_fraction=optimizer.cpu_offload_fraction)
-    _require(optimizer.adam_eps > 0, f"optimizer.adam_eps ({optimizer.adam_eps}) must be over 0")
+        require(0 <= beta < 1, f"optimizer.{name} ({beta}) must be at least 0 and below 1")
+    within(0, 1, "optimizer", cpu_offload_fraction=optimizer.cpu_offload_fraction)
+    require(optimizer.adam_eps > 0, f"optimizer.adam_eps ({optimizer.adam_eps}) must be over 0")
 
 
 def _check_training(training: TrainingConfig, rollout: RolloutConfig) -> None:
-    _at_least(
+    at_least(
         1,
         "training",
         max_steps=training.max_steps,
@@ -245,7 +209,7 @@ def _check_training(training: TrainingConfig, rollout: RolloutConfig) -> None:
     )
     num_responses = rollout.num_responses_per_prompt
     product = f" x rollout.num_responses_per_prompt ({num_responses})" if num_responses > 1 else ""
-    _require(
+    require(
         training.num_prompts_per_step * num_responses % training.global_batch_size == 0,
         f"training.num_prompts_per_step ({training.num_prompts_per_step}){product} must be a multiple of "
         f"training.global_batch_size ({training.global_batch_size})",
@@ -253,19 +217,19 @@ def _check_training(training: TrainingConfig, rollout: RolloutConfig) -> None:
 
 
 def _check_intervals(checkpoint: CheckpointConfig, evaluation: EvaluationConfig) -> None:
-    _at_least(0, "checkpoint", save_interval=checkpoint.save_interval, keep=checkpoint.keep)
-    _at_least(1, "evaluation", max_tasks=evaluation.max_tasks)
+    at_least(0, "checkpoint", save_interval=checkpoint.save_interval, keep=checkpoint.keep)
+    at_least(1, "evaluation", max_tasks=evaluation.max_tasks)
 
 
 def _check_precision(config: Config) -> None:
     """What number formats need of the other settings; what FP8 needs of the machine is in `models.fp8`."""
-    _require(
+    require(
         config.precision.teacher_fp8 != "delayed",
         "precision.teacher_fp8 (delayed) must be off, tensorwise or blockwise: Transformer Engine updates delayed "
         "scales only after a forward with gradients, and the teacher has none",
     )
     fraction, dtype = config.optimizer.cpu_offload_fraction, config.precision.dtype
-    _require(
+    require(
         fraction == 0 or dtype == "bfloat16",
         f"optimizer.cpu_offload_fraction ({fraction}) needs precision.dtype ({dtype}) to be bfloat16: Megatron could "
         "not resume the offloaded state of float32 parameters",
@@ -275,11 +239,11 @@ def _check_precision(config: Config) -> None:
     attention = config.attention
     if attention.fp8:
         recipe = config.precision.fp8
-        _require(
+        require(
             recipe in ("delayed", "tensorwise"),
             f"attention.fp8 (true) needs precision.fp8 ({recipe}) to be delayed or tensorwise: it shares the recipe",
         )
-        _require(
+        require(
             attention.backend in ("auto", "te"),
             f"attention.fp8 (true) needs attention.backend ({attention.backend}) to be te or auto",
         )
@@ -287,11 +251,11 @@ def _check_precision(config: Config) -> None:
 
 def _check_fp8(name: str, precision: PrecisionConfig, model: str, overrides: dict) -> None:
     recipe = getattr(precision, name)
-    _require(
+    require(
         recipe == "off" or precision.dtype == "bfloat16",
         f"precision.{name} ({recipe}) needs precision.dtype ({precision.dtype}) to be bfloat16",
     )
-    _require(
+    require(
         recipe != "off" or "fp8" not in overrides,
         f"{model}.transformer.fp8 ({overrides.get('fp8')}) needs a recipe, which precision.{name} ({recipe}) chooses",
     )
@@ -300,19 +264,19 @@ def _check_fp8(name: str, precision: PrecisionConfig, model: str, overrides: dic
 def _check_padding(config: Config) -> None:
     """Rows are whole blocks; under sequence parallelism each rank holds an equal part of the row."""
     padding, block = config.training.pad_to_multiple, config.rollout.block_size
-    _require(
+    require(
         padding % block == 0,
         f"training.pad_to_multiple ({padding}) must be a multiple of rollout.block_size ({block})",
     )
     size = config.parallel.tensor_model_parallel_size
-    _require(
+    require(
         not config.parallel.sequence_parallel or padding % size == 0,
         f"training.pad_to_multiple ({padding}) must be a multiple of parallel.tensor_model_parallel_size ({size}) "
         "under parallel.sequence_parallel",
     )
     for name, recipe in (("fp8", config.precision.fp8), ("teacher_fp8", config.precision.teacher_fp8)):
         multiple = _fp8_row_multiple(recipe, config.parallel)
-        _require(
+        require(
             padding % multiple == 0,
             f"training.pad_to_multiple ({padding}) must be a multiple of {multiple} under precision.{name} ({recipe})",
         )
@@ -340,23 +304,23 @@ def _check_context_parallel(config: Config) -> None:
         config.training.pad_to_multiple,
         config.rollout.block_size,
     )
-    _require(
+    require(
         padding % (size * block) == 0,
         f"training.pad_to_multiple ({padding}) must be a multiple of parallel.context_parallel_size ({size}) x "
         f"rollout.block_size ({block}) = {size * block}",
     )
     num_shards = size * config.parallel.tensor_model_parallel_size
-    _require(
+    require(
         not config.parallel.sequence_parallel or padding % num_shards == 0,
         f"training.pad_to_multiple ({padding}) must be a multiple of parallel.context_parallel_size ({size}) x "
         f"parallel.tensor_model_parallel_size ({num_shards // size}) = {num_shards} under parallel.sequence_parallel",
     )
-    _require(
+    require(
         size == 1 or config.rollout.logit_shift == "none",
         f"rollout.logit_shift ({config.rollout.logit_shift}) must be none under parallel.context_parallel_size "
         f"({size}): the output before a rank's first position is with another rank",
     )
-    _require(
+    require(
         size == 1 or config.teacher.fill == "terminal",
         f"teacher.fill ({config.teacher.fill}) must be terminal under parallel.context_parallel_size ({size}): the "
         "output before a rank's first position is with another rank",
@@ -365,7 +329,7 @@ def _check_context_parallel(config: Config) -> None:
 
 def _check_pipeline(config: Config) -> None:
     num_groups, num_stages = config.rollout.pipeline_micro_groups, config.parallel.pipeline_model_parallel_size
-    _require(
+    require(
         num_groups is None or num_stages > 1,
         f"rollout.pipeline_micro_groups ({num_groups}) needs parallel.pipeline_model_parallel_size ({num_stages}) to "
         "be over 1",
@@ -391,7 +355,7 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
 
 def _check_processes(sizes: dict[str, int], world_size: int) -> None:
     named, product = [name for name, size in sizes.items() if size > 1], math.prod(sizes.values())
-    _require(
+    require(
         world_size % product == 0,
         f"{' x '.join(named)} ({product}) must divide the number of processes ({world_size})",
     )
@@ -404,13 +368,13 @@ def _check_batches(config: Config, world_size: int) -> None:
         parallel.tensor_model_parallel_size * parallel.context_parallel_size * num_stages
     )
     rows = training.micro_batch_size * data_parallel_size
-    _require(
+    require(
         training.global_batch_size % rows == 0,
         f"training.global_batch_size ({training.global_batch_size}) must be a multiple of training.micro_batch_size "
         f"({training.micro_batch_size}) x data-parallel size ({data_parallel_size}) = {rows}",
     )
     num_micro_batches = training.global_batch_size // rows
-    _require(
+    require(
         config.parallel.virtual_pipeline_model_parallel_size is None or num_micro_batches % num_stages == 0,
         f"training.global_batch_size ({training.global_batch_size}) / {rows} = {num_micro_batches} micro-batches must "
         f"be a multiple of parallel.pipeline_model_parallel_size ({num_stages}) under "

@@ -1,9 +1,14 @@
-"""Rules of the sections that say what is trained and how: `states`, `curricula`, `lora`. Part of `config.check`."""
+"""Rules of the sections that say what is trained and how: `lora`, `states`, `curricula`, `divergence`.
+
+Part of `config.check`.
+"""
 
 from __future__ import annotations
 
-from megatron_opdlm.config.rules import at_least, require
-from megatron_opdlm.config.schema import CurriculaConfig, LoraConfig, RolloutConfig, StatesConfig
+import math
+
+from megatron_opdlm.config.rules import at_least, require, within
+from megatron_opdlm.config.schema import CurriculaConfig, DivergenceConfig, LoraConfig, RolloutConfig, StatesConfig
 
 
 def check_lora(lora: LoraConfig) -> None:
@@ -41,3 +46,36 @@ def _check_threshold(curricula: CurriculaConfig, rollout: RolloutConfig) -> None
         f"curricula.threshold_start ({start}) needs rollout.remasking_strategy ({strategy}) to be "
         "low_confidence_dynamic, which alone has a threshold",
     )
+
+
+def check_divergence(divergence: DivergenceConfig) -> None:
+    at_least(0, "divergence", top_k=divergence.top_k)
+    at_least(1, "divergence", chunk_size=divergence.chunk_size)
+    within(0, 1, "divergence", reverse_weight=divergence.reverse_weight)
+    kind, alpha, tail = divergence.kind, divergence.jsd_alpha, divergence.top_k_tail
+    require(0 < alpha < 1, f"divergence.jsd_alpha ({alpha}) must be over 0 and below 1: at both ends JSD is zero")
+    require(
+        divergence.top_k == 0 or tail != "none" or kind == "forward_kl",
+        f"divergence.top_k_tail ({tail}) must be renormalize or bucket under divergence.kind ({kind}): only forward_kl "
+        "is defined for a sum that is not normalised",
+    )
+    _check_target(divergence)
+
+
+def _check_target(divergence: DivergenceConfig) -> None:
+    """The filters on the teacher's distribution. Over a token that they leave no probability reverse KL is infinite."""
+    temperature, top_p = divergence.teacher_temperature, divergence.teacher_top_p
+    require(
+        0 < temperature < math.inf,
+        f"divergence.teacher_temperature ({temperature}) must be over 0; for the argmax divergence.teacher_top_k is 1",
+    )
+    at_least(0, "divergence", teacher_top_k=divergence.teacher_top_k)
+    require(0 < top_p <= 1, f"divergence.teacher_top_p ({top_p}) must be over 0 and at most 1")
+    within(0, 1, "divergence", teacher_min_p=divergence.teacher_min_p)
+    for name, no_filter in (("teacher_top_k", 0), ("teacher_top_p", 1), ("teacher_min_p", 0)):
+        value, kind = getattr(divergence, name), divergence.kind
+        require(
+            value == no_filter or kind in ("forward_kl", "jsd"),
+            f"divergence.{name} ({value}) must be {no_filter} under divergence.kind ({kind}): KL(student || teacher) "
+            "is infinite where the teacher has no probability",
+        )

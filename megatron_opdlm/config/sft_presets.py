@@ -21,15 +21,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_opdlm.config.schema import (
-    CurriculaConfig,
-    LogitShift,
-    LossWeight,
-    NoiseLevel,
-    Normaliser,
-    ObjectiveConfig,
-    RolloutConfig,
-)
+from megatron_opdlm.config.method import LogitShift, LossWeight, NoiseLevel, Normaliser
+from megatron_opdlm.config.rules import require
+from megatron_opdlm.config.schema import CurriculaConfig, ObjectiveConfig, RolloutConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +64,21 @@ def with_preset(objective: ObjectiveConfig) -> ObjectiveConfig:
 def check_objective(objective: ObjectiveConfig, rollout: RolloutConfig, curricula: CurriculaConfig) -> None:
     """ValueError names the setting, its value and the rule."""
     fraction, steps = objective.off_policy_fraction, objective.off_policy_steps
-    _require(0 <= fraction <= 1, f"objective.off_policy_fraction ({fraction}) must lie between 0 and 1")
-    _require(steps is None or steps >= 1, f"objective.off_policy_steps ({steps}) must be at least 1")
+    require(0 <= fraction <= 1, f"objective.off_policy_fraction ({fraction}) must lie between 0 and 1")
+    require(steps is None or steps >= 1, f"objective.off_policy_steps ({steps}) must be at least 1")
     low, high = objective.noise_low, objective.noise_high
-    _require(
+    require(
         0 < low <= high <= 1,
         f"objective.noise_low ({low}) must be over 0 and not above objective.noise_high ({high}), which is at most 1",
     )
     _check_unused(objective)
     _check_preset(objective, rollout)
     responses, start = rollout.num_responses_per_prompt, curricula.length_start
-    _require(
+    require(
         objective.needs_teacher or start is None,
         f"curricula.length_start ({start}) must be null under objective.name ({objective.name}): nothing is rolled out",
     )
-    _require(
+    require(
         objective.needs_teacher or responses == 1,
         f"rollout.num_responses_per_prompt ({responses}) must be 1 under objective.name ({objective.name}): a row has "
         "one response",
@@ -107,7 +101,7 @@ def _check_preset(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
     preset = PRESETS[objective.preset]
     given_up = [name for name, value in preset.settings().items() if getattr(objective, name) != value]
     _refuse_changed(objective, given_up, f"objective.preset ({objective.preset}), which decides it")
-    _require(
+    require(
         rollout.logit_shift == preset.logit_shift,
         f"rollout.logit_shift ({rollout.logit_shift}) must be {preset.logit_shift} under objective.preset "
         f"({objective.preset})",
@@ -118,9 +112,4 @@ def _refuse_changed(objective: ObjectiveConfig, names: tuple[str, ...] | list[st
     default = ObjectiveConfig()
     for name in names:
         value = getattr(objective, name)
-        _require(value == getattr(default, name), f"objective.{name} ({value}) must be left alone under {reason}")
-
-
-def _require(holds: object, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
+        require(value == getattr(default, name), f"objective.{name} ({value}) must be left alone under {reason}")

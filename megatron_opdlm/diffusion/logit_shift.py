@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_opdlm.config.schema import LogitShift
+from megatron_opdlm.config.method import LogitShift
 
 
 def predicting_outputs(

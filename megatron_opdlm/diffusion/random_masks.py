@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_opdlm.config.schema import NoiseLevel
+from megatron_opdlm.config.method import NoiseLevel
 
 
 class RandomMasks(NamedTuple):

@@ -43,7 +43,8 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_opdlm.config.schema import Normaliser, ObjectiveConfig
+from megatron_opdlm.config.method import Normaliser
+from megatron_opdlm.config.schema import ObjectiveConfig
 from megatron_opdlm.diffusion.random_masks import RandomMasks, draw_masks
 from megatron_opdlm.diffusion.randomness import sequence_generator
 from megatron_opdlm.diffusion.states import OnPolicyStates

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_opdlm.config.schema import LogitShift
+from megatron_opdlm.config.method import LogitShift
 from megatron_opdlm.diffusion.logit_shift import predicting_outputs_of_streams
 from megatron_opdlm.diffusion.states import OnPolicyStates
 from megatron_opdlm.models.build import Qwen3Model

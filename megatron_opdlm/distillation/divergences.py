@@ -34,7 +34,8 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_opdlm.config.schema import DivergenceConfig, DivergenceKind
+from megatron_opdlm.config.method import DivergenceKind
+from megatron_opdlm.config.schema import DivergenceConfig
 
 LOWEST = -1e4
 """About the log-probability that a token without any probability counts with. Its exponential is zero in float64 too,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_opdlm.config.schema import Normaliser, RolloutConfig
+from megatron_opdlm.config.method import Normaliser
+from megatron_opdlm.config.schema import RolloutConfig
 from megatron_opdlm.diffusion.logit_shift import predicting_outputs_of_streams
 from megatron_opdlm.diffusion.supervised_states import SupervisedStates
 from megatron_opdlm.distillation.cross_entropy import CrossEntropyResult, cross_entropy_loss

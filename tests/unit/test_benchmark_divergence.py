@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from megatron_opdlm.config.schema import DivergenceKind
+from megatron_opdlm.config.method import DivergenceKind
 from tools.benchmark_divergence import Sizes, compare, measure
 
 TOY = Sizes(positions=24, vocab_size=50, hidden_size=8, chunk_size=7)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_opdlm.config.schema import RemaskingStrategy
+from megatron_opdlm.config.method import RemaskingStrategy
 from megatron_opdlm.diffusion.blocks import commit_schedule
 from megatron_opdlm.diffusion.remasking import REMASKING_STRATEGIES, select_commits
 from tests.slow_remasking import commits_slowly
