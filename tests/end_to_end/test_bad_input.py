@@ -11,7 +11,6 @@ import logging
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -394,10 +393,3 @@ def test_good_input_of_the_same_making_is_accepted(case):
     with layout(config.parallel):
         Trainer(config).run()
     assert (case / "run" / "metrics.jsonl").is_file()
-
-
-def test_the_process_ends_with_exit_code_2():
-    command = [sys.executable, "-m", "megatron_opdlm.train", "--rollout.blok_size", "4"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: --rollout.blok_size is not a setting; the nearest is rollout.block_size\n"
