@@ -10,6 +10,7 @@ The data-parallel ranks share the work (`rollout.work_queue`): who decodes a tas
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -65,7 +66,7 @@ class RolloutEngine:
         show_progress: bool = False,
     ) -> None:
         self.model, self.rollout, self.special, self.seed = model, rollout, special, seed
-        self.show_progress = show_progress
+        self.show_progress, self._has_decoded = show_progress, False
         self._build_attention = choose_attention(rollout, model.config, device())
         self.statistics = RolloutStatistics.of_blocks(rollout.block_size)
         """Of the latest rollout."""
@@ -101,8 +102,16 @@ class RolloutEngine:
         threshold = self.rollout.dynamic_threshold if dynamic_threshold is None else dynamic_threshold
         rollout = replace(self.rollout, dynamic_threshold=threshold)
         generation = Generation(
-            self.model, rollout, self.special, requests, queue, self._build_attention, self.show_progress
+            self.model,
+            rollout,
+            self.special,
+            requests,
+            queue,
+            self._build_attention,
+            self.show_progress,
+            logging.DEBUG if self._has_decoded else logging.INFO,  # the size of the cache, once
         )
+        self._has_decoded = True
         finished = {places[index]: trajectory for index, trajectory in generation.run().items()}
         self.statistics = generation.statistics
         return dict(sorted(self._bring_home(finished).items()))

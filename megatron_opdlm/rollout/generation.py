@@ -58,7 +58,9 @@ class Generation:
         queue: WorkQueue,
         build_attention: BuildAttention,
         show_progress: bool = False,
+        log_level: int = logging.DEBUG,
     ) -> None:
+        self.log_level = log_level
         self.model, self.rollout, self.special, self.requests, self.queue = model, rollout, special, requests, queue
         self.statistics = RolloutStatistics.of_blocks(rollout.block_size)
         self.waiting: deque[Waiting] = deque()
@@ -135,14 +137,13 @@ class Generation:
             num_decoders=num_decoders,
             cache_gib=self.rollout.cache_gib,
         )
-        logger.debug(
-            "key-value cache: %d x %d pages of %d tokens, %.3g GiB, for %d x %d sequences of up to %d tokens",
-            num_decoders,
-            size.num_pages,
-            self.attention.page_size,
+        logger.log(
+            self.log_level,
+            "key-value cache: %.3g GiB, %d pages of %d tokens, for up to %d sequences of up to %d tokens",
             size.gib,
-            num_decoders,
-            num_slots,
+            num_decoders * size.num_pages,
+            self.attention.page_size,
+            num_decoders * num_slots,
             self.longest,
         )
         return size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -190,3 +191,15 @@ def test_memory_grows_linearly_up_to_a_context_of_16_thousand_tokens(student):
         assert len(trajectory.terminal_ids_T) > len(prompt.token_ids)
     assert largest[16384] <= 4.5 * largest[4096]
     assert largest[16384] < 16384 * 16384 / 16, "no mask of all pairs of positions"
+
+
+def test_the_size_of_the_cache_is_said_once(student, caplog):
+    from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
+
+    model, special = student
+    engine = RolloutEngine(model, RolloutConfig(max_new_tokens=8), special, seed=11)
+    with caplog.at_level(logging.INFO):
+        for step in range(2):
+            engine.generate([RolloutTask(prompts()[7], 8)], step)
+    (said,) = (record.getMessage() for record in caplog.records if "key-value cache" in record.getMessage())
+    assert said.startswith("key-value cache: ") and said.endswith(" for up to 1 sequences of up to 20 tokens")
