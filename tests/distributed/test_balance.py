@@ -127,8 +127,8 @@ def train(root: Path, balance: bool, micro_batch_size: int) -> tuple[list[list[l
             trained.append([(rows_as_text(states), states.clean_ids_BT.shape[1]) for states in micro_batches])
             return train_step(micro_batches)
 
-        def noting_generate(tasks, step):
-            made = generate(tasks, step)
+        def noting_generate(tasks, step, dynamic_threshold):
+            made = generate(tasks, step, dynamic_threshold)
             trajectories.update({(step, t.prompt_id, t.sample_index): t.to_json() for t in made})
             return made
 

@@ -75,7 +75,7 @@ def attend(kind: str, group: dist.ProcessGroup | None, part: slice) -> list[torc
     """The output at this part of the positions, and the gradients of query, key and value there."""
     *inputs, grad = (tensor[part].clone() for tensor in attention_inputs())
     leaves = [tensor.requires_grad_() for tensor in inputs]
-    out = core_attention(kind, group)(*leaves, torch.tensor(LENGTHS))
+    out = core_attention(kind, group)(*leaves, None if kind == "teacher" else torch.tensor(LENGTHS))
     is_real = grad.abs().sum(-1, keepdim=True) > 0
     return [out.detach() * is_real, *torch.autograd.grad(out, leaves, grad)]
 

@@ -139,7 +139,7 @@ def test_a_mixture_keeps_what_the_student_would_have_written_and_the_order_of_th
     assert [t.prompt_id for t in mixed] == [task.prompt.prompt_id for task in tasks]
     num_given = sum(trajectory.is_given for trajectory in mixed)
     assert 0 < num_given < len(mixed)
-    assert trainer.objective.rollout_metrics()["rollout/off_policy_fraction"] == num_given / len(mixed)
+    assert trainer.objective.rollout_metrics().values()["rollout/off_policy_fraction"] == num_given / len(mixed)
     for trajectory, expected in zip(mixed, own, strict=True):
         assert trajectory.is_given or trajectory.to_json() == expected.to_json()
     with layout(trainer.config.parallel):
