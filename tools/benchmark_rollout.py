@@ -23,9 +23,11 @@ untrained student made from it (what it writes is noise, and costs what sense wo
 each has exactly `--new-tokens` of them; with `--stop-at-end-tokens` they end as in training, for which `--hf` should be
 a student that was trained, as `runs/quickstart/student_hf`. All is float32.
 
-- `ours`: `RolloutEngine` with all prompts.
+- `ours`: `RolloutEngine` with all prompts, in one process with all threads.
+- `ours_on_ranks`: the same in as many data-parallel processes as `--threads`, as `torchrun` starts them on CPU cores.
 - `one_at_a_time`: the same engine, `rollout.batch_size` 1.
 - `plain`: a static batch with `transformers`, as one would write it without an engine (`plain_sampler.py`).
+- `plain_on_ranks`: a process for each thread, with its part of the prompts.
 - `teacher_autoregressive`: the model as it is, by our engine in blocks of one token, each predicted by the output
   before it: block-diffusion attention is causal then.
 
@@ -49,80 +51,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_opdlm.observability.measurement import measure_in_process, peak_mib, ratio, summarise
-
-if TYPE_CHECKING:
-    from megatron_opdlm.rollout.statistics import RolloutStatistics
+from tools.rollout_variants import (
+    NUM_STAGES,
+    PIPELINE_VARIANTS,
+    Decoded,
+    Figures,
+    Sizes,
+    build_ours,
+    build_plain,
+    make_prompts,
+)
 
 QUICKSTART_TEACHER = Path(__file__).parents[1] / "examples" / "quickstart" / "teacher"
-ENGINE_SETTINGS = {
-    "ours": {},
-    "one_at_a_time": {"batch_size": 1},
-    "teacher_autoregressive": {"block_size": 1, "denoising_steps_per_block": 1, "logit_shift": "next_token"},
-    "pipeline_1": {"pipeline_micro_groups": 1},
-    "pipeline_2": {"pipeline_micro_groups": 2},
-}
-"""Variant of our engine -> what its `rollout` settings change."""
-VARIANTS = ("ours", "one_at_a_time", "plain", "teacher_autoregressive")
-PIPELINE_VARIANTS = ("pipeline_2", "pipeline_1")
-NUM_STAGES = 2
+VARIANTS = ("ours", "ours_on_ranks", "one_at_a_time", "plain", "plain_on_ranks", "teacher_autoregressive")
 NUM_WARM_UP_PROMPTS = 2
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is decoded, and how."""
-
-    num_prompts: int = 128
-    new_tokens: int = 64
-    block_size: int = 4
-    denoising_steps: int = 4
-    """Per block; one token per step if there are as many as positions."""
-    max_terms: int = 4
-    """A question has between two numbers and this many: more make prompts differ more in length."""
-    temperature: float = 0.0
-    stop_at_end_tokens: bool = False
-    """Responses end there, as in training, and have `new_tokens` at most; otherwise all have as many."""
-
-
-class Figures(NamedTuple):
-    """What decoding took."""
-
-    num_forwards: int
-    """Of the model."""
-    num_sequence_steps: int
-    """Denoising steps, summed over the sequences."""
-    num_query_tokens: int
-    """Tokens of sequences that take part, through all forwards."""
-    num_clean_tokens: int
-    """Those of them that are read for the cache's sake: prefill and commits."""
-    num_pairs: int
-    """Query-key pairs of attention, per layer and head."""
-    num_hidden_pairs: int
-    """Those of them that a mask hides."""
-
-
-class Decoded(NamedTuple):
-    """The responses to all prompts."""
-
-    responses: list[list[int]]
-    """`Sizes.new_tokens` ids each, or fewer where end tokens count."""
-    num_written: int
-    """Tokens that were decoded, with those that fill up the last blocks."""
-    figures: Figures
-    bubble: float | None = None
-
-
-Decoder = Callable[[list[list[int]]], Decoded]
 
 
 def main() -> None:
@@ -137,8 +86,7 @@ def main() -> None:
 
     with user_errors():
         if arguments.once:
-            run = _measure_stages if arguments.variant in PIPELINE_VARIANTS else _measure_alone
-            print(json.dumps(run(arguments.variant, sizes, arguments)))
+            print(json.dumps(_measure_on_ranks(arguments.variant, sizes, arguments)))
             return
         measure_all(arguments)
 
@@ -190,53 +138,82 @@ def _measure_in_process(variant: str) -> dict:
     return measure_in_process(Path(__file__), [*sys.argv[1:], "--variant", variant, "--once"])
 
 
-def _measure_alone(variant: str, sizes: Sizes, arguments: argparse.Namespace) -> dict:
-    import torch
+def num_ranks(variant: str, threads: int) -> int:
+    """Processes that a variant runs in; they share the threads."""
+    if variant in PIPELINE_VARIANTS:
+        return NUM_STAGES
+    return threads if variant.endswith("_on_ranks") else 1
 
-    torch.set_num_threads(arguments.threads)
-    return measure(variant, sizes, arguments.repeats, arguments.hf)
 
-
-def _measure_stages(variant: str, sizes: Sizes, arguments: argparse.Namespace) -> dict:
-    """The first stage's measurement; each stage is a process with its share of the threads."""
+def _measure_on_ranks(variant: str, sizes: Sizes, arguments: argparse.Namespace) -> dict:
+    """The line of the first rank, which has what all have decoded."""
     import torch.multiprocessing
 
+    ranks = num_ranks(variant, arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_run_stage, (variant, sizes, arguments, folder), nprocs=NUM_STAGES)
+        if ranks == 1:
+            _run_rank(0, 1, variant, sizes, arguments, folder)
+        else:
+            torch.multiprocessing.spawn(_run_rank, (ranks, variant, sizes, arguments, folder), nprocs=ranks)
         return json.loads(Path(folder, "line").read_text())
 
 
-def _run_stage(stage: int, variant: str, sizes: Sizes, arguments: argparse.Namespace, folder: str) -> None:
+def _run_rank(rank: int, ranks: int, variant: str, sizes: Sizes, arguments: argparse.Namespace, folder: str) -> None:
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(max(1, arguments.threads // NUM_STAGES))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=stage, world_size=NUM_STAGES)
+    torch.set_num_threads(max(1, arguments.threads // ranks))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     line = measure(variant, sizes, arguments.repeats, arguments.hf)
     dist.destroy_process_group()
-    if stage == 0:
+    if rank == 0:
         Path(folder, "line").write_text(json.dumps(line))
 
 
 def measure(variant: str, sizes: Sizes, repeats: int, hf: str) -> dict:
-    """Seconds of each timed run, memory in MiB, and what the last run wrote. A pipeline's stages must all call it."""
+    """Seconds of each timed run, memory in MiB, and what the last run wrote. All ranks of a variant must call it."""
     import psutil
 
     prompts = make_prompts(hf, sizes)
-    decode = build_plain(hf, sizes) if variant == "plain" else build_ours(hf, sizes, variant)
+    decode = build_plain(hf, sizes) if variant.startswith("plain") else build_ours(hf, sizes, variant)
     before, seconds = psutil.Process().memory_info().rss / 2**20, []
     decode(prompts[:NUM_WARM_UP_PROMPTS])
     for _ in range(repeats):
+        _wait_for_ranks(variant)
         start = time.perf_counter()
         decoded = decode(prompts)
+        _wait_for_ranks(variant)
         seconds.append(time.perf_counter() - start)
-    peak = peak_mib()
+    decoded, peak = _of_all_ranks(decoded, variant), peak_mib()
     return {
         **{"variant": variant, "seconds": seconds, "step_mib": peak - before, "peak_mib": peak},
         **decoded._asdict(),
         "figures": decoded.figures._asdict(),
         "prefill_tokens": prefill_tokens(prompts, 1 if variant == "teacher_autoregressive" else sizes.block_size),
     }
+
+
+def _wait_for_ranks(variant: str) -> None:
+    import torch.distributed as dist
+
+    if variant.endswith("_on_ranks"):
+        dist.barrier()
+
+
+def _of_all_ranks(decoded: Decoded, variant: str) -> Decoded:
+    """The responses of ranks that shared the prompts out; counts are added up, but forwards run side by side."""
+    import torch.distributed as dist
+
+    if not variant.endswith("_on_ranks"):
+        return decoded
+    parts: list[Decoded] = [decoded] * dist.get_world_size()
+    dist.all_gather_object(parts, decoded)
+    responses = [[]] * sum(len(part.responses) for part in parts)
+    for place, part in enumerate(parts):
+        responses[place :: len(parts)] = part.responses
+    figures = Figures(*map(sum, zip(*(part.figures for part in parts), strict=True)))
+    figures = figures._replace(num_forwards=max(part.figures.num_forwards for part in parts))
+    return Decoded(responses, sum(part.num_written for part in parts), figures)
 
 
 def prefill_tokens(prompts: list[list[int]], block_size: int) -> int:
@@ -268,108 +245,6 @@ def compare(ours: dict, other: dict) -> dict:
         return line
     pairs = list(zip(ours["responses"], other["responses"], strict=True))
     return line | {"same_responses": round(sum(one == another for one, another in pairs) / len(pairs), 4)}
-
-
-def make_prompts(hf: str, sizes: Sizes) -> list[list[int]]:
-    """The ids of sums to solve, always the same ones. Numbers of any length let them end anywhere in a block."""
-    from megatron_opdlm.data.tokenizer import load_tokenizer
-
-    tokenizer, draw, prompts = load_tokenizer(hf), random.Random(0), []
-    for _ in range(sizes.num_prompts):
-        numbers = [str(draw.randrange(10 ** draw.randint(1, 3))) for _ in range(draw.randint(2, sizes.max_terms))]
-        question = f"State the final answer to the following arithmetic problem: {' + '.join(numbers)} ="
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return prompts
-
-
-# --- ours -------------------------------------------------------------------------------------------------------------
-
-
-def build_ours(hf: str, sizes: Sizes, variant: str) -> Decoder:
-    """The engine with the student, or with the teacher under the student's attention in blocks of one token."""
-    from megatron_opdlm.checkpointing.student_and_teacher import build_student, open_student, padded_vocab_size
-    from megatron_opdlm.config.schema import (
-        AttentionConfig,
-        Config,
-        ParallelConfig,
-        PrecisionConfig,
-        RolloutConfig,
-        StudentConfig,
-    )
-    from megatron_opdlm.data.prompts import Prompt
-    from megatron_opdlm.parallel.initialize import initialize
-    from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
-
-    settings = {"block_size": sizes.block_size, "denoising_steps_per_block": sizes.denoising_steps}
-    settings |= {"batch_size": sizes.num_prompts, "temperature": sizes.temperature} | ENGINE_SETTINGS[variant]
-    config = Config(
-        student=StudentConfig(hf=hf),
-        parallel=ParallelConfig(pipeline_model_parallel_size=NUM_STAGES if variant in PIPELINE_VARIANTS else 1),
-        precision=PrecisionConfig(dtype="float32"),
-        attention=AttentionConfig(backend="dense"),  # of training; decoding has its own
-        rollout=RolloutConfig(remasking_strategy="low_confidence_static", **settings),
-    )
-    groups, source = initialize(config.parallel, seed=0), open_student(config.student)
-    model = build_student(source, config, groups, padded_vocab_size(config, source.architecture))
-    special = source.special if sizes.stop_at_end_tokens else replace(source.special, end_token_ids=())
-    engine = RolloutEngine(model, config.rollout, special, seed=0)
-
-    def decode(prompts: list[list[int]]) -> Decoded:
-        tasks = [RolloutTask(Prompt(place, tuple(ids)), sizes.new_tokens) for place, ids in enumerate(prompts)]
-        trajectories = engine.generate(tasks, step=0)
-        return Decoded(
-            responses=[trajectory.response_ids.tolist() for trajectory in trajectories],
-            num_written=sum(len(trajectory.step_map_R) for trajectory in trajectories),
-            figures=read_figures(engine.statistics),
-            bubble=engine.statistics.pipeline_bubble,
-        )
-
-    return decode
-
-
-def read_figures(statistics: RolloutStatistics) -> Figures:
-    """Of a rollout."""
-    return Figures(**{name: getattr(statistics, name) for name in Figures._fields})
-
-
-# --- plain ------------------------------------------------------------------------------------------------------------
-
-
-def build_plain(hf: str, sizes: Sizes) -> Decoder:
-    """The sampler with the weights of the folder, whose embedding must have a row for the mask token."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    from megatron_opdlm.config.schema import StudentConfig
-    from megatron_opdlm.data.tokenizer import add_mask_token, end_token_ids, load_tokenizer
-    from tools.plain_sampler import PlainSampler
-
-    disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="sdpa").eval().to(device)
-    tokenizer = load_tokenizer(hf)
-    mask_token_id = add_mask_token(tokenizer, StudentConfig().mask_token)
-    if mask_token_id >= model.config.vocab_size:
-        raise ValueError(f"--hf ({hf}) must have a row for the mask token, id {mask_token_id}, in its embedding")
-    settings = {
-        "mask_token_id": mask_token_id,
-        "block_size": sizes.block_size,
-        "denoising_steps": sizes.denoising_steps,
-        "new_tokens": sizes.new_tokens,
-        "temperature": sizes.temperature,
-        "end_token_ids": end_token_ids(tokenizer, hf) if sizes.stop_at_end_tokens else (),
-    }
-
-    def decode(prompts: list[list[int]]) -> Decoded:
-        sampler = PlainSampler(model, prompts, **settings)
-        responses = sampler.decode()
-        return Decoded(responses, sampler.num_written, Figures(**sampler.counts))
-
-    return decode
 
 
 if __name__ == "__main__":

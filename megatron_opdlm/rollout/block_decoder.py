@@ -164,12 +164,13 @@ class BlockDecoder:
         if hidden_MH is None or not len(slots_M):
             return self.model.link.share(torch.empty(3, len(slots_M), dtype=torch.float64, device=device))
         uniforms_M = to_device(self.slots.uniforms_BSK[slots_M, self.slots.step_B[slots_M], column_M], device)
-        temperatures_M = to_device(self.slots.temperature_B[slots_M], device)
+        temperatures_M = self.slots.temperature_B[slots_M]
+        is_greedy, temperatures_M = not temperatures_M.any(), to_device(temperatures_M, device)
         drawn = [
             draw_tokens(
                 self.model.vocab_parallel_logits(hidden_NH).float(),
                 uniforms_N,
-                temperatures_N,
+                None if is_greedy else temperatures_N,
                 self.shard,
                 top_k=self.rollout.top_k,
                 top_p=self.rollout.top_p,

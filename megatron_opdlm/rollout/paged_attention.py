@@ -102,14 +102,15 @@ class SdpaPagedAttention:
         """For each call the sequences, the first query of each in its part of the list, and their number."""
         width = min(self.block_size, int(tokens.counts_A.max()))
         before_last_A = tokens.counts_A - width
-        # Sequences of up to 64, 128, 256 ... keys: at most half of a call's keys fill up.
-        size_A = (tokens.end_A.clamp_min(_SHORTEST_KEYS) / _SHORTEST_KEYS).log2().ceil()
+        size_A = _length_classes(tokens.end_A)
         for is_read_A, first_A in (
             (torch.ones_like(size_A, dtype=torch.bool), before_last_A),
             (before_last_A == width, torch.zeros_like(before_last_A)),
         ):
             for size in size_A[is_read_A].unique().tolist():
                 sequences = (is_read_A & (size_A == size)).nonzero()[:, 0]
+                # in the order of their pages, which may then lie side by side and need no copy
+                sequences = sequences[tokens.page_table_AP[sequences, 0].argsort()]
                 yield sequences, first_A[sequences], width
         tile = max(1, TILE // self.block_size) * self.block_size
         for sequence in (before_last_A > width).nonzero()[:, 0]:
@@ -159,3 +160,13 @@ class SdpaPagedAttention:
 
     def _additive(self, is_visible: torch.Tensor) -> torch.Tensor:
         return torch.zeros(is_visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~is_visible, -torch.inf)
+
+
+def _length_classes(num_keys_A: torch.Tensor) -> torch.Tensor:
+    """A number for each sequence; equal ones share a call, of whose keys at most half fill up.
+
+    All in one class if that much is granted, else those of up to 64, 128, 256 ... keys.
+    """
+    if len(num_keys_A) * int(num_keys_A.max()) <= 2 * int(num_keys_A.sum()):
+        return torch.zeros_like(num_keys_A)
+    return (num_keys_A.clamp_min(_SHORTEST_KEYS) / _SHORTEST_KEYS).log2().ceil()

@@ -49,7 +49,7 @@ class Draws:
 def draw_tokens(
     logits_NV: torch.Tensor,
     uniforms_N: torch.Tensor,
-    temperatures_N: torch.Tensor,
+    temperatures_N: torch.Tensor | None,
     shard: VocabularyShard,
     *,
     top_k: int = 0,
@@ -63,7 +63,7 @@ def draw_tokens(
     Args:
         logits_NV: float32, this rank's rows. Overwritten: minus infinity at padding and at the mask token.
         uniforms_N: float64 in [0, 1), the same on all ranks of the group, as are the temperatures.
-        temperatures_N: float32, one for each position.
+        temperatures_N: float32, one for each position; None where all are 0, which takes far less.
         top_k: 0 for all tokens.
         top_p: over 0 and at most 1, of the mass that top-k leaves; the token that reaches it stays.
 
@@ -77,6 +77,9 @@ def draw_tokens(
     logits_NV.masked_fill_(~shard.is_live(logits_NV.device), -torch.inf)
     largest_N, best_ids_N = (x_1N[0] for x_1N in global_argmax([logits_NV], shard))
     log_total_N = _log_total(logits_NV, largest_N, shard)
+    if temperatures_N is None:
+        entropies_N = torch.zeros_like(largest_N) if with_entropy else None
+        return Draws(best_ids_N.long(), (-log_total_N).float(), entropies_N)
     outcomes = _most_likely(logits_NV, top_k, shard) if top_k else _Outcomes(logits_NV, None, shard)
     masses_NC = fixed_point_masses(outcomes.logits_NC, largest_N, temperatures_N, shard.vocab_size)
     if top_p < 1:

@@ -16,8 +16,9 @@ import torch
 
 from megatron_opdlm.observability.measurement import summarise
 from tests.ranks import run_on_ranks
-from tools.benchmark_rollout import QUICKSTART_TEACHER, Figures, Sizes, build_ours, compare, make_prompts, report
+from tools.benchmark_rollout import QUICKSTART_TEACHER, compare, report
 from tools.benchmark_rollout import measure as measure_in
+from tools.rollout_variants import Figures, Sizes, build_ours, make_prompts
 
 HF = str(QUICKSTART_TEACHER)
 # Prompts of every remainder of a block, and more tokens than whole blocks of them.
@@ -165,6 +166,15 @@ def test_two_stages_write_the_tokens_of_one_process_and_report_their_bubble(worl
     for stage in run_on_ranks(measure_stage, 2, ("pipeline_1", "pipeline_2")):
         assert [line["responses"] for line in stage] == [expected, expected]
         assert all(0 < report(summarise([line]))["bubble"] < 1 for line in stage)
+
+
+def test_ranks_that_share_the_prompts_write_the_tokens_of_one_process(world):
+    variants = ("ours_on_ranks", "plain_on_ranks")
+    expected = measure("ours", TOY)
+    for rank in run_on_ranks(measure_stage, 2, variants):
+        assert [line["responses"] for line in rank] == [expected["responses"]] * 2
+        assert [line["num_written"] for line in rank] == [expected["num_written"]] * 2
+        assert rank[0]["figures"]["num_query_tokens"] == expected["figures"]["num_query_tokens"]
 
 
 def test_the_command_prints_a_line_for_each_variant_without_torch_in_its_own_process():

@@ -17,12 +17,13 @@ from tests.references import slow_distribution
 from tests.sampling_cases import NUM_DRAWS, SPREAD, chi_square_p_value, counted_case, random_case
 
 
-def draw(logits_NV: torch.Tensor, uniforms, temperature: float = 1.0, group=None, **filters) -> Draws:
+def draw(logits_NV: torch.Tensor, uniforms, temperature: float | None = 1.0, group=None, **filters) -> Draws:
     num_rows = logits_NV.shape[1]
     shard = VocabularyShard(0, num_rows, num_rows, mask_token_id=num_rows, group=group)
     uniforms_N = torch.as_tensor(uniforms, dtype=torch.float64)
     logits_NV = logits_NV.expand(len(uniforms_N), -1).clone()
-    return draw_tokens(logits_NV, uniforms_N, torch.full(uniforms_N.shape, temperature), shard, **filters)
+    temperatures_N = None if temperature is None else torch.full(uniforms_N.shape, temperature)
+    return draw_tokens(logits_NV, uniforms_N, temperatures_N, shard, **filters)
 
 
 def kept_tokens(logits: list[float], **filters) -> list[int]:
@@ -73,6 +74,17 @@ def test_temperature_0_takes_the_most_likely_token_with_the_lowest_id_and_leaves
     assert draws.ids_N.tolist() == [1, 1] and draws.entropies_N.tolist() == [0.0, 0.0]
     raw = torch.tensor([0.0, 2.0, 1.0, 2.0]).log_softmax(0)[1]
     torch.testing.assert_close(draws.log_probs_N, raw.expand(2))
+
+
+def test_no_temperatures_are_temperature_0_to_the_bit():
+    logits_NV = torch.randn(50, 200, generator=torch.Generator().manual_seed(0)) * 5
+    for with_entropy in (False, True):
+        draws, expected = (
+            [draw(row_V[None], [0.7], temperature, with_entropy=with_entropy) for row_V in logits_NV]
+            for temperature in (None, 0.0)
+        )
+        for one, other in zip(draws, expected, strict=True):
+            assert (one.ids_N, one.log_probs_N, one.entropies_N) == (other.ids_N, other.log_probs_N, other.entropies_N)
 
 
 def test_very_low_temperatures_take_the_most_likely_tokens_alike():
