@@ -23,6 +23,7 @@ from megatron_opdlm.config.schema import (
     ParallelConfig,
     PrecisionConfig,
     RolloutConfig,
+    SweepConfig,
     TrainingConfig,
 )
 from megatron_opdlm.config.sft_presets import check_objective
@@ -41,6 +42,7 @@ def check_config(config: Config, world_size: int | None) -> None:
     _check_optimizer(config.optimizer)
     _check_training(config.training, config.rollout)
     _check_intervals(config.checkpoint, config.evaluation)
+    _check_sweep(config.evaluation.sweep, config.rollout)
     at_least(
         1,
         "data",
@@ -59,11 +61,16 @@ def check_config(config: Config, world_size: int | None) -> None:
 def check_required(config: Config, required: Iterable[str]) -> None:
     """Checks that what an entry point needs is given and exists.
 
-    `required` may name "student" and "teacher" (`hf` or `checkpoint`), "data.train_files" and "evaluation.files". A
-    teacher is not asked for where the objective has none.
+    `required` may name "student" and "teacher" (`hf` or `checkpoint`), "data.train_files", "evaluation.files" and
+    "validation". A teacher is not asked for where the objective has none, nor tasks to validate by where
+    `evaluation.interval` is 0.
     """
     for name in required:
         if name == "teacher" and not config.objective.needs_teacher:
+            continue
+        if name == "validation":
+            if config.evaluation.interval:
+                check_required(config, ["evaluation.files"])
             continue
         if name in ("student", "teacher"):
             model = getattr(config, name)
@@ -218,7 +225,24 @@ def _check_training(training: TrainingConfig, rollout: RolloutConfig) -> None:
 
 def _check_intervals(checkpoint: CheckpointConfig, evaluation: EvaluationConfig) -> None:
     at_least(0, "checkpoint", save_interval=checkpoint.save_interval, keep=checkpoint.keep)
+    at_least(0, "evaluation", interval=evaluation.interval)
     at_least(1, "evaluation", max_tasks=evaluation.max_tasks)
+
+
+def _check_sweep(sweep: SweepConfig, rollout: RolloutConfig) -> None:
+    """Each point must be a rollout that could have been asked for by itself."""
+    for name, values in (("thresholds", sweep.thresholds), ("block_sizes", sweep.block_sizes)):
+        for value in values:
+            require(values.count(value) == 1, f"evaluation.sweep.{name} ({values}) must have {value} only once")
+    for threshold in sweep.thresholds:
+        within(0, 1, "evaluation.sweep", thresholds=threshold)
+    for block_size in sweep.block_sizes:
+        at_least(1, "evaluation.sweep", block_sizes=block_size)
+        require(
+            rollout.max_tokens_in_flight >= 2 * block_size,
+            f"rollout.max_tokens_in_flight ({rollout.max_tokens_in_flight}) must be at least two blocks of "
+            f"evaluation.sweep.block_sizes ({block_size})",
+        )
 
 
 def _check_precision(config: Config) -> None:

@@ -229,6 +229,25 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Decode the same tasks once for every pair of a threshold and a block size; without either there is no sweep.
+
+    Always by `low_confidence_dynamic`, with as many denoising steps per block as a block has positions; all else is as
+    `rollout` says. `evaluation.output` is the folder for table and plot. A sweep that was stopped goes on where it was.
+    """
+
+    thresholds: list[float] = field(default_factory=list)
+    """Values of `rollout.dynamic_threshold`; none for the one that it has."""
+    block_sizes: list[int] = field(default_factory=list)
+    """Values of `rollout.block_size`; none for the one that it has. Others than the trained one are allowed too."""
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is anything to sweep over."""
+        return bool(self.thresholds or self.block_sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Scoring responses to tasks with known answers."""
 
@@ -237,7 +256,12 @@ class EvaluationConfig:
     max_tasks: int | None = None
     """Score the first this many tasks of each file; null for all."""
     output: str | None = None
-    """File for the scores and the responses, as JSON."""
+    """File for the scores and the responses, as JSON; of a sweep, its folder."""
+    interval: int = 0
+    """Training steps between evaluations of the student on `files`, at temperature 0 and else as `rollout` says; the
+    last step has one too. 0 for none. `checkpoints/best` is the checkpoint of the best accuracy so far."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """How decoding settings trade accuracy for speed."""
 
 
 @dataclass(frozen=True, kw_only=True)
