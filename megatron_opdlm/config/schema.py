@@ -225,7 +225,7 @@ class CheckpointConfig:
     async_save: bool = True
     """Write while training goes on, from a copy of the state in host memory; otherwise training waits for the files."""
     keep: int = 2
-    """Newest checkpoints that are kept; 0 for all."""
+    """Newest checkpoints that are kept, besides the best one (`evaluation.interval`); 0 for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +259,8 @@ class EvaluationConfig:
     """File for the scores and the responses, as JSON; of a sweep, its folder."""
     interval: int = 0
     """Training steps between evaluations of the student on `files`, at temperature 0 and else as `rollout` says; the
-    last step has one too. 0 for none. `checkpoints/best` is the checkpoint of the best accuracy so far."""
+    last step has one too. 0 for none. Each step that is more accurate than all before it is saved as well, and
+    `best` beside the checkpoints names it, for `student.checkpoint` and for conversion."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     """How decoding settings trade accuracy for speed."""
 
