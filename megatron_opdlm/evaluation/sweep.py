@@ -98,16 +98,16 @@ class Sweep:
         try:
             stored = json.loads(text)
             subject, points = stored["subject"], stored["points"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            settings = [_common(point["rollout"]) for point in points]
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not what a sweep has written ({error!r}); remove it") from error
-        self._check_same(path, subject, points)
+        self._check_same(path, subject, settings)
         return points
 
-    def _check_same(self, path: Path, subject: dict, points: list[dict]) -> None:
+    def _check_same(self, path: Path, subject: dict, settings: list[dict]) -> None:
         """ValueError unless the points that were found belong into one picture with those asked for."""
-        pairs = [(subject, self.subject)]
-        pairs += [(_common(point["rollout"]), _common(dataclasses.asdict(self.rollouts[0]))) for point in points]
-        for found, wanted in pairs:
+        wanted_settings = _common(dataclasses.asdict(self.rollouts[0]))
+        for found, wanted in [(subject, self.subject), *((some, wanted_settings) for some in settings)]:
             for name in found | wanted:
                 if found.get(name) != wanted.get(name):
                     raise ValueError(

@@ -88,6 +88,7 @@ class StudentOnTaskFiles:
         folder = self.source.pretrained.folder
         return {
             "student": f"{folder} ({folder_fingerprint(folder)})",
+            "mask_token_id": self.source.special.mask_token_id,
             "dtype": self.dtype,
             "seed": self.seed,
             "tasks": tasks,
