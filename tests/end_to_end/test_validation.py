@@ -234,23 +234,30 @@ def test_evaluate_and_convert_take_the_best_checkpoint_and_give_the_scores_it_ha
         assert scores == {name: expected[name] for name in scores}
 
 
-def train_on_rank(rank: int, root: Path, run: str) -> None:
+LAYOUTS: dict[str, dict[str, object]] = {
+    "data parallel 2": {},
+    "tensor parallel 2": {"--parallel.tensor_model_parallel_size": 2, "--parallel.sequence_parallel": "true"},
+    "2 stages": {"--parallel.pipeline_model_parallel_size": 2},
+}
+
+
+def train_on_rank(rank: int, root: Path) -> None:
     from megatron_opdlm.evaluation import scoring
 
     scoring.score_response = solves_by_letters
-    train(root, run, **EVERY_STEP)
+    for name, settings in LAYOUTS.items():
+        train(root, name, **EVERY_STEP | settings | {"--training.max_steps": 2})
 
 
-def test_two_data_parallel_ranks_have_the_scores_and_the_best_step_of_one_process(root, monkeypatch):
+def test_every_layout_has_the_scores_and_the_best_step_of_one_process(root, monkeypatch):
     from megatron_opdlm.evaluation import scoring
 
     monkeypatch.setattr(scoring, "score_response", solves_by_letters)
-    train(root, "one process", **EVERY_STEP)
-    run_on_ranks(train_on_rank, 2, root, "two ranks")
+    train(root, "one process", **EVERY_STEP | {"--training.max_steps": 2})
+    run_on_ranks(train_on_rank, 2, root)
     names = ("num_tasks", "accuracy", "standard_error", "tokens_per_step", "response_length", "end_token_fraction")
-    for one, two in zip(records(root, "one process"), records(root, "two ranks"), strict=True):
-        assert {name: two[f"evaluation/{name}"] for name in names} == {
-            name: one[f"evaluation/{name}"] for name in names
-        }
-    assert best_of(root, "two ranks") == best_of(root, "one process")
-    assert os.readlink(root / "two ranks" / "checkpoints" / "best") == best_of(root, "two ranks"), "relative"
+    expected = [{name: record[f"evaluation/{name}"] for name in names} for record in records(root, "one process")]
+    for run in LAYOUTS:
+        found = [{name: record[f"evaluation/{name}"] for name in names} for record in records(root, run)]
+        assert found == expected, run
+        assert os.readlink(root / run / "checkpoints" / "best") == best_of(root, "one process"), "relative"
