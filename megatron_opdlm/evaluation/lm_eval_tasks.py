@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import glob
 import importlib.util
 import logging
 import random
@@ -20,14 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_opdlm.config.schema import Config
+from megatron_opdlm.config.schema import Config, EvaluationConfig
 from megatron_opdlm.evaluation.requests import ResponseRequest, chat_prompt, decoding_settings
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import Task
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.manager import TaskDict, TaskManager
     from transformers import PreTrainedTokenizerBase
 
 OUR_TASKS = Path(__file__).with_name("tasks")
@@ -65,18 +67,10 @@ def load_tasks(config: Config) -> LoadedTasks:
     ValueError for an unknown name, a data set that is not there, and a task that is not scored by generated text.
     """
     require_lm_eval()
-    from lm_eval.tasks import TaskManager
-
-    evaluation = config.evaluation
-    manager = TaskManager(
-        include_path=[str(OUR_TASKS)] * OUR_TASKS.is_dir() + evaluation.include_path,
-        metadata={"data_dir": evaluation.data_dir} if evaluation.data_dir else {},
-    )
     random.seed(TASK_SEED)
     tasks, groups = {}, {}
-    for name in _resolve(evaluation.tasks, manager):
-        with _data_set_errors(name):
-            loaded = manager.load([name])
+    for name in config.evaluation.tasks:
+        loaded = _load(name, config.evaluation)
         tasks |= loaded["tasks"]
         groups |= loaded["groups"]
     for name, task in tasks.items():
@@ -121,16 +115,30 @@ def response_requests(instances: list[Instance], config: Config, repeats: int) -
     return requests
 
 
-def _resolve(names: list[str], manager: TaskManager) -> list[str]:
-    """Patterns spelt out. ValueError names the nearest of what is known."""
-    resolved = {}
-    for name in names:
-        matches = manager.match_tasks([name])
-        if not matches:
-            nearest = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.0)
-            raise ValueError(f"evaluation.tasks ({name}) is not a task; the nearest is {', '.join(nearest)}")
-        resolved |= dict.fromkeys(matches)
-    return list(resolved)
+def _load(name: str, evaluation: EvaluationConfig) -> TaskDict:
+    """The tasks and groups of one name or pattern."""
+    folders = (*[str(OUR_TASKS)] * OUR_TASKS.is_dir(), *evaluation.include_path)
+    # Going through the harness's thousands of definitions takes ten seconds, which a task of these folders can do
+    # without, unless it is a group with members there.
+    ours = _task_manager(folders, evaluation.data_dir, include_defaults=False)
+    if not glob.has_magic(name) and (names := ours.match_tasks([name])):
+        with contextlib.suppress(KeyError), _data_set_errors(name):
+            return ours.load(names)
+    everything = _task_manager(folders, evaluation.data_dir, include_defaults=True)
+    names = everything.match_tasks([name])
+    if not names:
+        nearest = difflib.get_close_matches(name, everything.all_tasks, n=1, cutoff=0.0)
+        raise ValueError(f"evaluation.tasks ({name}) is not a task; the nearest is {', '.join(nearest)}")
+    with _data_set_errors(name):
+        return everything.load(names)
+
+
+@functools.cache
+def _task_manager(folders: tuple[str, ...], data_dir: str | None, *, include_defaults: bool) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    metadata = {"data_dir": data_dir} if data_dir else {}
+    return TaskManager(include_path=list(folders), include_defaults=include_defaults, metadata=metadata)
 
 
 def _check_task(name: str, task: Task) -> None:
