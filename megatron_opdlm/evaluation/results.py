@@ -7,6 +7,7 @@ print(results_table(results))
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def write_results(results: dict[str, Any], folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file in place of what is there."""
-    partial = path.with_name(f"{path.name}.partial")
+    """Writes a text file in place of what is there, also while another job does the same."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

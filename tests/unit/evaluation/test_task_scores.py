@@ -7,8 +7,6 @@ import re
 
 import pytest
 
-pytest.importorskip("lm_eval")
-
 from megatron_opdlm.config.schema import Config, DataConfig, EvaluationConfig
 from megatron_opdlm.evaluation import lm_eval_tasks
 from megatron_opdlm.evaluation.lm_eval_tasks import build_instances, load_tasks, repeats_of, response_requests
