@@ -1,7 +1,6 @@
 """Rules that tie settings together, checked once before anything is built. Inside, values are trusted.
 
     check_config(config, world_size=8)
-    check_required(config, ("student", "data.train_files"))
 
 Each violation is a ValueError that names the setting, its value and the rule.
 """
@@ -9,16 +8,13 @@ Each violation is a ValueError that names the setting, its value and the rule.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable
 
+from megatron_opdlm.config.check_evaluation import check_evaluation
 from megatron_opdlm.config.check_method import check_curricula, check_divergence, check_lora, check_states
 from megatron_opdlm.config.overrides import check_overrides, check_recompute
 from megatron_opdlm.config.rules import at_least, require, within
 from megatron_opdlm.config.schema import (
-    CheckpointConfig,
     Config,
-    EvaluationConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
@@ -41,7 +37,8 @@ def check_config(config: Config, world_size: int | None) -> None:
     check_curricula(config.curricula, config.rollout)
     _check_optimizer(config.optimizer)
     _check_training(config.training, config.rollout)
-    _check_intervals(config.checkpoint, config.evaluation)
+    at_least(0, "checkpoint", save_interval=config.checkpoint.save_interval, keep=config.checkpoint.keep)
+    check_evaluation(config.evaluation)
     _check_sweep(config.evaluation.sweep, config.rollout)
     at_least(
         1,
@@ -56,35 +53,6 @@ def check_config(config: Config, world_size: int | None) -> None:
     if world_size is not None:
         check_layout(config.parallel, world_size)
         _check_batches(config, world_size)
-
-
-def check_required(config: Config, required: Iterable[str]) -> None:
-    """Checks that what an entry point needs is given and exists.
-
-    `required` may name "student" and "teacher" (`hf` or `checkpoint`), "data.train_files", "evaluation.files" and
-    "validation". A teacher is not asked for where the objective has none, nor tasks to validate by where
-    `evaluation.interval` is 0.
-    """
-    for name in required:
-        if name == "teacher" and not config.objective.needs_teacher:
-            continue
-        if name == "validation":
-            if config.evaluation.interval:
-                check_required(config, ["evaluation.files"])
-            continue
-        if name in ("student", "teacher"):
-            model = getattr(config, name)
-            require(model.hf or model.checkpoint, f"give {name}.hf or {name}.checkpoint")
-            _check_folder(f"{name}.hf" if model.hf else f"{name}.checkpoint", model.hf or model.checkpoint)
-        else:
-            files = {"data.train_files": config.data.train_files, "evaluation.files": config.evaluation.files}[name]
-            require(files, f"give {name}, at least one file")
-            for file in files:
-                require(os.path.isfile(file), f"{name}: there is no file {file}")
-
-
-def _check_folder(name: str, folder: str) -> None:
-    require(os.path.isdir(folder), f"{name}: there is no folder {folder}")
 
 
 def _check_models(config: Config) -> None:
@@ -221,12 +189,6 @@ def _check_training(training: TrainingConfig, rollout: RolloutConfig) -> None:
         f"training.num_prompts_per_step ({training.num_prompts_per_step}){product} must be a multiple of "
         f"training.global_batch_size ({training.global_batch_size})",
     )
-
-
-def _check_intervals(checkpoint: CheckpointConfig, evaluation: EvaluationConfig) -> None:
-    at_least(0, "checkpoint", save_interval=checkpoint.save_interval, keep=checkpoint.keep)
-    at_least(0, "evaluation", interval=evaluation.interval)
-    at_least(1, "evaluation", max_tasks=evaluation.max_tasks)
 
 
 def _check_sweep(sweep: SweepConfig, rollout: RolloutConfig) -> None:

@@ -23,7 +23,8 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from megatron_opdlm.config.check import check_config, check_required
+from megatron_opdlm.config.check import check_config
+from megatron_opdlm.config.required import check_required
 from megatron_opdlm.config.schema import Config
 from megatron_opdlm.config.settings import SECTIONS, SETTINGS, Setting, is_known, nearest_name, setting_that_holds
 

@@ -169,7 +169,8 @@ def test_what_an_entry_point_requires_must_be_given_and_exist(tmp_path):
     absent = str(tmp_path / "absent")
     assert message_of(["--teacher.hf", absent], required=["teacher"]) == f"teacher.hf: there is no folder {absent}"
     files = ["--evaluation.files", absent]
-    assert message_of(files, required=["evaluation.files"]) == f"evaluation.files: there is no file {absent}"
+    validation = [*files, "--evaluation.interval", "5"]
+    assert message_of(validation, required=["validation"]) == f"evaluation.files: there is no file {absent}"
     load_config(files, required=[])
     load_config(["--student.checkpoint", str(tmp_path)], required=["student"])
 
