@@ -16,7 +16,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Parses, checks, trains. A user's mistake ends in one line and exit code 2."""
     with user_errors():
         config = load_config(
-            arguments, required=("student", "teacher", "data.train_files"), description=__doc__.splitlines()[0]
+            arguments,
+            required=("student", "teacher", "data.train_files", "validation"),
+            description=__doc__.splitlines()[0],
         )
         _train(config)
 

@@ -7,6 +7,7 @@ is never taken for a checkpoint. Its `manifest.json` has the size of every file,
     ...                                                      # write into it
     publish(partial)                                         # .../step_00000050
     newest_checkpoint(directory)
+    point_to_best(directory, 50)                             # .../best -> step_00000050
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 ASSETS = "hf"
 PARTIAL = ".partial"
+BEST = "best"
 _STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
@@ -85,14 +87,27 @@ def newest_checkpoint(directory: Path) -> Path | None:
     return None
 
 
+def point_to_best(directory: Path, step: int) -> None:
+    """Lets `best` beside a run's checkpoints be the one of `step`: at every instant that or the one it was before."""
+    best, partial = directory / BEST, directory / (BEST + PARTIAL)
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(step_folder(directory, step).name)  # relative, so that a run can be moved
+    if best.is_dir() and not best.is_symlink():
+        _remove(best)  # a copy of the run has a folder there if its maker followed the link
+    partial.replace(best)
+
+
 def remove_old_checkpoints(directory: Path, keep: int) -> None:
     """Deletes all but the `keep` newest whole checkpoints of a run, and what interrupted saves left. 0 keeps all.
 
-    A damaged checkpoint counts for nothing and is left for people to look at. Not while a checkpoint is being written.
+    The one that `best` points to stays. A damaged checkpoint counts for nothing and is left for people to look at. Not
+    while a checkpoint is being written.
     """
     if keep:
-        for folder in [folder for folder in _step_folders(directory) if _is_complete(folder)][:-keep]:
-            _remove(folder)
+        best = directory / BEST
+        for folder in [folder for folder in _step_folders(directory) if is_whole(folder)][:-keep]:
+            if not (best.is_symlink() and best.readlink().name == folder.name):
+                _remove(folder)
     for partial in directory.glob(f"step_*{PARTIAL}"):
         shutil.rmtree(partial)
 
@@ -112,7 +127,8 @@ def _sizes(folder: Path) -> dict[str, int]:
         raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
 
 
-def _is_complete(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
+    """Whether `check_complete` has nothing to say."""
     try:
         check_complete(folder)
     except ValueError:

@@ -85,11 +85,17 @@ def open_student(student: StudentConfig, stop_token_ids: list[int] | None = None
 
 def open_teacher(teacher: TeacherConfig, student: StudentSource) -> Pretrained:
     """Reads the teacher's config and checks that its tokenizer is the student's. ValueError names what differs."""
+    pretrained = open_autoregressive(teacher)
+    mask_token = student.tokenizer.convert_ids_to_tokens(student.special.mask_token_id)
+    check_same_tokenizer(student.tokenizer, load_tokenizer(pretrained.assets), mask_token)
+    return pretrained
+
+
+def open_autoregressive(teacher: TeacherConfig) -> Pretrained:
+    """Reads the config of a teacher that stands alone. ValueError if it is no autoregressive model."""
     setting, folder = _source(teacher, "teacher")
     pretrained = open_pretrained(folder, setting)
     check_autoregressive(pretrained.architecture, setting, folder)
-    mask_token = student.tokenizer.convert_ids_to_tokens(student.special.mask_token_id)
-    check_same_tokenizer(student.tokenizer, load_tokenizer(pretrained.assets), mask_token)
     return pretrained
 
 

@@ -15,7 +15,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opdlm.checkpointing.distributed import METADATA, load_checkpoint
-from megatron_opdlm.checkpointing.folders import ASSETS, remove_old_checkpoints
+from megatron_opdlm.checkpointing.folders import ASSETS, point_to_best, remove_old_checkpoints
 from megatron_opdlm.checkpointing.student_and_teacher import StudentSource
 from megatron_opdlm.config.load import save_config
 from megatron_opdlm.config.schema import Config
@@ -33,23 +33,26 @@ def save_train_state(
     progress: dict,
     source: StudentSource,
     config: Config,
+    best_step: int | None = None,
 ) -> None:
     """Writes a checkpoint that `load_train_state` and the conversion to Hugging Face read. All ranks must call it.
 
-    `save` is `save_checkpoint` or the `save` of `BackgroundSaves`. Once the checkpoint is in place, those beyond
-    `checkpoint.keep` beside it are removed. `progress` is the same on all ranks: plain numbers and the `state_dict`s of
-    the schedule and the prompt stream.
+    `save` is `save_checkpoint` or the `save` of `BackgroundSaves`. Once the checkpoint is in place, `best` beside it
+    becomes that of `best_step`, which may be this one, and those beyond `checkpoint.keep` are removed. `progress` is
+    the same on all ranks: plain numbers and the `state_dict`s of the schedule and the prompt stream.
     """
 
     def write_assets(partial: Path) -> None:
         source.write_assets(partial / ASSETS)
         save_config(config, partial / "config.yaml")
 
-    def remove_old() -> None:
+    def put_in_order() -> None:
+        if best_step is not None:
+            point_to_best(folder.parent, best_step)
         remove_old_checkpoints(folder.parent, config.checkpoint.keep)
 
     state = _sharded_state(model, optimizer, groups, is_loading=False)
-    save(folder, state | {PROGRESS: progress}, write_assets, remove_old)
+    save(folder, state | {PROGRESS: progress}, write_assets, put_in_order)
 
 
 def load_train_state(

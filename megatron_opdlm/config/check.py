@@ -1,7 +1,6 @@
 """Rules that tie settings together, checked once before anything is built. Inside, values are trusted.
 
     check_config(config, world_size=8)
-    check_required(config, ("student", "data.train_files"))
 
 Each violation is a ValueError that names the setting, its value and the rule.
 """
@@ -9,20 +8,18 @@ Each violation is a ValueError that names the setting, its value and the rule.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable
 
+from megatron_opdlm.config.check_evaluation import check_evaluation
 from megatron_opdlm.config.check_method import check_curricula, check_divergence, check_lora, check_states
 from megatron_opdlm.config.overrides import check_overrides, check_recompute
 from megatron_opdlm.config.rules import at_least, require, within
 from megatron_opdlm.config.schema import (
-    CheckpointConfig,
     Config,
-    EvaluationConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
     RolloutConfig,
+    SweepConfig,
     TrainingConfig,
 )
 from megatron_opdlm.config.sft_presets import check_objective
@@ -40,7 +37,9 @@ def check_config(config: Config, world_size: int | None) -> None:
     check_curricula(config.curricula, config.rollout)
     _check_optimizer(config.optimizer)
     _check_training(config.training, config.rollout)
-    _check_intervals(config.checkpoint, config.evaluation)
+    at_least(0, "checkpoint", save_interval=config.checkpoint.save_interval, keep=config.checkpoint.keep)
+    check_evaluation(config.evaluation)
+    _check_sweep(config.evaluation.sweep, config.rollout)
     at_least(
         1,
         "data",
@@ -54,30 +53,6 @@ def check_config(config: Config, world_size: int | None) -> None:
     if world_size is not None:
         check_layout(config.parallel, world_size)
         _check_batches(config, world_size)
-
-
-def check_required(config: Config, required: Iterable[str]) -> None:
-    """Checks that what an entry point needs is given and exists.
-
-    `required` may name "student" and "teacher" (`hf` or `checkpoint`), "data.train_files" and "evaluation.files". A
-    teacher is not asked for where the objective has none.
-    """
-    for name in required:
-        if name == "teacher" and not config.objective.needs_teacher:
-            continue
-        if name in ("student", "teacher"):
-            model = getattr(config, name)
-            require(model.hf or model.checkpoint, f"give {name}.hf or {name}.checkpoint")
-            _check_folder(f"{name}.hf" if model.hf else f"{name}.checkpoint", model.hf or model.checkpoint)
-        else:
-            files = {"data.train_files": config.data.train_files, "evaluation.files": config.evaluation.files}[name]
-            require(files, f"give {name}, at least one file")
-            for file in files:
-                require(os.path.isfile(file), f"{name}: there is no file {file}")
-
-
-def _check_folder(name: str, folder: str) -> None:
-    require(os.path.isdir(folder), f"{name}: there is no folder {folder}")
 
 
 def _check_models(config: Config) -> None:
@@ -216,9 +191,20 @@ def _check_training(training: TrainingConfig, rollout: RolloutConfig) -> None:
     )
 
 
-def _check_intervals(checkpoint: CheckpointConfig, evaluation: EvaluationConfig) -> None:
-    at_least(0, "checkpoint", save_interval=checkpoint.save_interval, keep=checkpoint.keep)
-    at_least(1, "evaluation", max_tasks=evaluation.max_tasks)
+def _check_sweep(sweep: SweepConfig, rollout: RolloutConfig) -> None:
+    """Each point must be a rollout that could have been asked for by itself."""
+    for name, values in (("thresholds", sweep.thresholds), ("block_sizes", sweep.block_sizes)):
+        for value in values:
+            require(values.count(value) == 1, f"evaluation.sweep.{name} ({values}) must have {value} only once")
+    for threshold in sweep.thresholds:
+        within(0, 1, "evaluation.sweep", thresholds=threshold)
+    for block_size in sweep.block_sizes:
+        at_least(1, "evaluation.sweep", block_sizes=block_size)
+        require(
+            rollout.max_tokens_in_flight >= 2 * block_size,
+            f"rollout.max_tokens_in_flight ({rollout.max_tokens_in_flight}) must be at least two blocks of "
+            f"evaluation.sweep.block_sizes ({block_size})",
+        )
 
 
 def _check_precision(config: Config) -> None:

@@ -23,9 +23,10 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from megatron_opdlm.config.check import check_config, check_required
+from megatron_opdlm.config.check import check_config
+from megatron_opdlm.config.required import check_required
 from megatron_opdlm.config.schema import Config
-from megatron_opdlm.config.settings import SECTIONS, SETTINGS, Setting, is_known, nearest_name
+from megatron_opdlm.config.settings import SECTIONS, SETTINGS, Setting, is_known, nearest_name, setting_that_holds
 
 
 class _Dumper(yaml.SafeDumper):
@@ -58,10 +59,17 @@ def load_config(
         namespace = parser.parse_args([*(f"--config={recipe}" for recipe in recipes), *flags])
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         raise ValueError(_one_line(str(error))) from error
-    config = Config(**{name: section(**vars(namespace[name])) for name, section in SECTIONS.items()})
+    config = _build(Config, namespace)
     check_config(config, world_size)
     check_required(config, required)
     return config
+
+
+def _build(section: type, values: jsonargparse.Namespace) -> Any:
+    """The section with those inside it; the parser knows single settings only."""
+    inner = {name: hint for name, hint in typing.get_type_hints(section).items() if dataclasses.is_dataclass(hint)}
+    names = [field.name for field in dataclasses.fields(section)]
+    return section(**{name: _build(inner[name], values[name]) if name in inner else values[name] for name in names})
 
 
 def save_config(config: Config, path: str | os.PathLike) -> None:
@@ -79,7 +87,7 @@ def build_parser(description: str | None = None) -> jsonargparse.ArgumentParser:
     for section_name, section in SECTIONS.items():
         group = parser.add_argument_group(section_name, section.__doc__)
         for setting in SETTINGS.values():
-            if setting.name.startswith(f"{section_name}."):
+            if setting.section == section_name:
                 _add_setting(group, setting)
     return parser
 
@@ -108,7 +116,7 @@ def _type_with_off(setting: Setting) -> Callable[[Any], str]:
 
 def _placeholder(setting: Setting) -> str:
     choices = typing.get_args(setting.type) if typing.get_origin(setting.type) is typing.Literal else ()
-    return "{" + ",".join(choices) + "}" if choices else setting.name.split(".")[1].upper()
+    return "{" + ",".join(choices) + "}" if choices else setting.field.upper()
 
 
 def _split_recipes(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -188,7 +196,7 @@ def _unknown(place: str, name: str) -> str:
 def _one_line(message: str) -> str:
     """The parser's message in the words of all others: setting, value, rule."""
     key = re.search(r'Parser key "([\w.]+)"', message)
-    setting = SETTINGS.get(".".join(key[1].split(".")[:2])) if key else None
+    setting = setting_that_holds(key[1]) if key else None
     value = re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
     if setting is None or value is None:
         return " ".join(message.split())

@@ -225,7 +225,26 @@ class CheckpointConfig:
     async_save: bool = True
     """Write while training goes on, from a copy of the state in host memory; otherwise training waits for the files."""
     keep: int = 2
-    """Newest checkpoints that are kept; 0 for all."""
+    """Newest checkpoints that are kept, besides the best one (`evaluation.interval`); 0 for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Decode the same tasks once for every pair of a threshold and a block size; without either there is no sweep.
+
+    Always by `low_confidence_dynamic`, with as many denoising steps per block as a block has positions; all else is as
+    `rollout` says. `evaluation.output` is the folder for table and plot. A sweep that was stopped goes on where it was.
+    """
+
+    thresholds: list[float] = field(default_factory=list)
+    """Values of `rollout.dynamic_threshold`; none for the one that it has."""
+    block_sizes: list[int] = field(default_factory=list)
+    """Values of `rollout.block_size`; none for the one that it has. Others than the trained one are allowed too."""
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is anything to sweep over."""
+        return bool(self.thresholds or self.block_sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,10 +253,40 @@ class EvaluationConfig:
 
     files: list[str] = field(default_factory=list)
     """Task files: prompt rows with `source` (a reasoning-gym data set) and the `entry` its verifier needs."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness by name: its own, those of `megatron_opdlm/evaluation/tasks`, groups and tags of
+    them, patterns such as `mmlu_*`."""
+    include_path: list[str] = field(default_factory=list)
+    """Folders with further task definitions of lm-evaluation-harness."""
+    data_dir: str | None = None
+    """Folder with the data sets of `megatron_opdlm/evaluation/tasks` as JSON files; null for those of the hub."""
+    role: Literal["student", "teacher"] = "student"
+    """Which model answers: the student, by the `rollout` settings, or the teacher, one token after the other."""
     max_tasks: int | None = None
-    """Score the first this many tasks of each file; null for all."""
+    """Score the first this many tasks of each file, or documents of each of `tasks`; null for all."""
+    num_responses: int = 1
+    """Responses to each document of `tasks`, each with random numbers of its own."""
+    temperature: float | None = None
+    """Of the responses to `tasks`, instead of what a task asks for; null for that, and for 0 where it asks for none."""
+    max_new_tokens: int | None = None
+    """Longest response to a document of `tasks`, in tokens, instead of what the task asks for; null for that, and for
+    `rollout.max_new_tokens` where it asks for none."""
+    system_message: str | None = None
+    """System message in front of every prompt of `tasks`."""
+    num_chunks: int = 1
+    """Jobs that share the documents of each of `tasks`, and write to the same `output`."""
+    chunk: int = 0
+    """Which of these jobs this is, from 0."""
     output: str | None = None
-    """File for the scores and the responses, as JSON."""
+    """For `files`, a file for the scores and the responses, as JSON. For `tasks`, a folder that scores and responses go
+    to, and from which an interrupted evaluation goes on; null for `evaluation/` in the run directory. With `sweep`, the
+    folder of its table and plot."""
+    interval: int = 0
+    """Training steps between evaluations of the student on `files`, at temperature 0 and else as `rollout` says; the
+    last step has one too. 0 for none. Each step that is more accurate than all before it is saved as well, and
+    `best` beside the checkpoints names it, for `student.checkpoint` and for conversion."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """How decoding settings trade accuracy for speed."""
 
 
 @dataclass(frozen=True, kw_only=True)

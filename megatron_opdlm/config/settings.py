@@ -20,8 +20,18 @@ from typing import Any, Literal, Union
 
 from megatron_opdlm.config import schema
 
-SECTIONS: dict[str, type] = typing.get_type_hints(schema.Config)
-"""Section name -> its dataclass, in the order of the schema."""
+
+def _sections(holder: type, prefix: str = "") -> dict[str, type]:
+    """The fields of a dataclass that are sections, and theirs, each by its dotted name."""
+    found = {}
+    for name, hint in typing.get_type_hints(holder).items():
+        if dataclasses.is_dataclass(hint):
+            found |= {f"{prefix}{name}": hint} | _sections(hint, f"{prefix}{name}.")
+    return found
+
+
+SECTIONS: dict[str, type] = _sections(schema.Config)
+"""Section name -> its dataclass, in the order of the schema; a section of a section has a dotted name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +39,23 @@ class Setting:
     """One field of one section."""
 
     name: str
-    """Dotted name, as in a flag: `rollout.block_size`."""
+    """Dotted name, as in a flag: `rollout.block_size`, `evaluation.sweep.thresholds`."""
     type: Any
     """Type hint of the field."""
     default: Any
     """Default of the field."""
     documentation: str
     """The text below the field in the schema, on one line."""
+
+    @property
+    def section(self) -> str:
+        """Name of the section it stands in."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def field(self) -> str:
+        """The last part of its name."""
+        return self.name.rpartition(".")[2]
 
     @property
     def rule(self) -> str:
@@ -67,6 +87,7 @@ def _section_settings(section_name: str, section: type) -> list[Setting]:
             documentation=documentation[field.name],
         )
         for field in dataclasses.fields(section)
+        if not dataclasses.is_dataclass(hints[field.name])
     ]
 
 
@@ -91,12 +112,19 @@ SETTINGS: dict[str, Setting] = {
 
 def is_known(name: str) -> bool:
     """True for a setting, and for an entry of a mapping whose values have one type: `max_new_tokens_by_domain.math`."""
-    holder = SETTINGS.get(".".join(name.split(".")[:2]))
+    holder = setting_that_holds(name)
     return holder is not None and (name == holder.name or typing.get_origin(holder.type) is dict)
+
+
+def setting_that_holds(name: str) -> Setting | None:
+    """The setting of this name or, of an entry of a mapping, the mapping; None if there is none."""
+    while name and name not in SETTINGS:
+        name = name.rpartition(".")[0]
+    return SETTINGS.get(name)
 
 
 def nearest_name(name: str) -> str:
     """The setting whose dotted name is most like `name`; the last part counts if the section is right or missing."""
     candidates = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.0)
-    same_field = [known for known in SETTINGS if known.split(".")[1] == name.split(".")[-1]]
+    same_field = [known for known, setting in SETTINGS.items() if setting.field == name.split(".")[-1]]
     return (difflib.get_close_matches(name, same_field, n=1, cutoff=0.0) or candidates)[0]

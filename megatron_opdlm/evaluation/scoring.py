@@ -2,9 +2,12 @@
 
 scores, responses = evaluate_student(engine, tasks, prompts, tokenizer, max_new_tokens=64, group=groups.dp)
 scores["accuracy"], scores["tokens_per_step"]
+costs(engine.statistics, groups.dp_cp)["seconds"]
 """
 
 from __future__ import annotations
+
+import math
 
 import torch.distributed as dist
 
@@ -12,6 +15,7 @@ from megatron_opdlm.data.prompts import Prompt
 from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.evaluation.verifiable_tasks import score_response
 from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
+from megatron_opdlm.rollout.statistics import RolloutStatistics
 
 
 def evaluate_student(
@@ -43,6 +47,17 @@ def evaluate_student(
     return _scores(records), records
 
 
+def costs(statistics: RolloutStatistics, group: dist.ProcessGroup) -> dict[str, float]:
+    """What the latest rollout took: `forwards` of all data-parallel ranks' models, `seconds` until the last was done.
+
+    `group` is the data- and context-parallel one. All ranks must call it and get the same.
+    """
+    everywhere: list[tuple[int, float]] = [None] * group.size()
+    dist.all_gather_object(everywhere, (statistics.num_forwards, statistics.seconds), group=group)
+    forwards, seconds = zip(*everywhere, strict=True)
+    return {"forwards": sum(forwards), "seconds": max(seconds)}
+
+
 def _record(task: dict, trajectory: Trajectory, tokenizer) -> dict:
     text = tokenizer.decode(trajectory.response_ids.tolist(), skip_special_tokens=True)
     return {
@@ -58,9 +73,11 @@ def _record(task: dict, trajectory: Trajectory, tokenizer) -> dict:
 
 def _scores(records: list[dict]) -> dict[str, float]:
     num_tokens = sum(record["num_tokens"] for record in records)
+    accuracy = sum(record["score"] == 1.0 for record in records) / len(records)
     return {
         "num_tasks": len(records),
-        "accuracy": sum(record["score"] == 1.0 for record in records) / len(records),
+        "accuracy": accuracy,
+        "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(records)),
         "tokens_per_step": num_tokens / sum(record["num_steps"] for record in records),
         "response_length": num_tokens / len(records),
         "end_token_fraction": sum(record["stop_reason"] == "end_token" for record in records) / len(records),

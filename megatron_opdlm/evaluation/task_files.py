@@ -2,17 +2,24 @@
 
 results = score_task_files(config)
 results["heldout.jsonl"]["scores"]["accuracy"]
+
+A student that is built once can decode in several ways:
+
+student = StudentOnTaskFiles(config)
+student.score(dataclasses.replace(config.rollout, dynamic_threshold=0.7))
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 
 from megatron_opdlm.checkpointing.student_and_teacher import build_student, open_student, padded_vocab_size
-from megatron_opdlm.config.schema import Config
+from megatron_opdlm.config.schema import Config, DataConfig, RolloutConfig
 from megatron_opdlm.data.prompts import Prompt, read_prompts
-from megatron_opdlm.evaluation.scoring import evaluate_student
+from megatron_opdlm.evaluation.fingerprint import folder_fingerprint, text_fingerprint
+from megatron_opdlm.evaluation.scoring import costs, evaluate_student
 from megatron_opdlm.evaluation.verifiable_tasks import load_verifier, read_tasks
 from megatron_opdlm.parallel.initialize import initialize
 from megatron_opdlm.rollout.engine import RolloutEngine
@@ -21,22 +28,89 @@ logger = logging.getLogger(__name__)
 
 
 def score_task_files(config: Config) -> dict[str, dict]:
-    """For each of `evaluation.files` the `scores`, the `rollout` settings they hold for, and the `responses`.
+    """`StudentOnTaskFiles.score` with the settings of `rollout`. All ranks must call it and get the same."""
+    return StudentOnTaskFiles(config).score(config.rollout)
 
-    All ranks must call it and get the same. ValueError for a file or a model that does not fit, before any decoding.
+
+class StudentOnTaskFiles:
+    """The tasks of `evaluation.files`, and the student that responds to them.
+
+    All ranks must make one. ValueError for a file or a model that does not fit, before any decoding.
     """
-    source = open_student(config.student, config.rollout.stop_token_ids)
-    work = {file: _read(file, config, source.tokenizer) for file in config.evaluation.files}
-    groups = initialize(config.parallel, config.training.seed)
-    model = build_student(source, _without_fp8(config), groups, padded_vocab_size(config, source.architecture))
-    engine = RolloutEngine(model, config.rollout, source.special, config.training.seed, groups)
-    results = {}
-    for file, (tasks, prompts) in work.items():
-        scores, responses = evaluate_student(
-            engine, tasks, prompts, source.tokenizer, max_new_tokens=config.rollout.max_new_tokens, group=groups.dp
+
+    def __init__(self, config: Config, show_progress: bool = False) -> None:
+        self.source = open_student(config.student, config.rollout.stop_token_ids)
+        self.work = {
+            file: read_task_file(file, config.data, config.evaluation.max_tasks, self.source.tokenizer)
+            for file in config.evaluation.files
+        }
+        self.groups = initialize(config.parallel, config.training.seed)
+        num_rows = padded_vocab_size(config, self.source.architecture)
+        self.model = build_student(self.source, _without_fp8(config), self.groups, num_rows)
+        self.dtype, self.seed, self.show_progress = config.precision.dtype, config.training.seed, show_progress
+
+    def score(self, rollout: RolloutConfig) -> dict[str, dict]:
+        """For each file the `scores`, the `rollout` settings they hold for, the `costs` and the `responses`.
+
+        `rollout` may have any block size. All ranks must call it and get the same, but for what took time.
+        """
+        engine = RolloutEngine(
+            self.model, rollout, self.source.special, self.seed, self.groups, show_progress=self.show_progress
         )
-        results[file] = {"scores": scores, "rollout": dataclasses.asdict(config.rollout), "responses": responses}
-    return results
+        results = {}
+        for file, (tasks, prompts) in self.work.items():
+            scores, responses = evaluate_student(
+                engine,
+                tasks,
+                prompts,
+                self.source.tokenizer,
+                max_new_tokens=rollout.max_new_tokens,
+                group=self.groups.dp,
+            )
+            results[file] = {
+                "scores": scores,
+                "costs": costs(engine.statistics, self.groups.dp_cp),
+                "rollout": dataclasses.asdict(rollout),
+                "responses": responses,
+            }
+        return results
+
+    def scores_and_costs(self, rollout: RolloutConfig) -> dict[str, dict[str, float]]:
+        """What a sweep shows of `score`, for each file. All ranks must call it."""
+        return {file: result["scores"] | result["costs"] for file, result in self.score(rollout).items()}
+
+    def subject(self) -> dict:
+        """Who is scored, and on what, so that scores of something else are not mistaken for these."""
+        tasks = {
+            file: f"{len(rows)} ({text_fingerprint(json.dumps([rows, [prompt.token_ids for prompt in prompts]]))})"
+            for file, (rows, prompts) in self.work.items()
+        }
+        folder = self.source.pretrained.folder
+        return {
+            "student": f"{folder} ({folder_fingerprint(folder)})",
+            "mask_token_id": self.source.special.mask_token_id,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "tasks": tasks,
+        }
+
+
+def read_task_file(file: str, data: DataConfig, max_tasks: int | None, tokenizer) -> tuple[list[dict], list[Prompt]]:
+    """The first `max_tasks` tasks of a file, None for all, and their prompts. ValueError names what is wrong in it."""
+    tasks = read_tasks(file)
+    for source in {task["source"] for task in tasks}:
+        load_verifier(source)
+    prompt_set = read_prompts(
+        [file],
+        tokenizer,
+        max_prompt_tokens=data.max_prompt_tokens,
+        apply_chat_template=data.apply_chat_template,
+        enable_thinking=data.enable_thinking,
+    )
+    if prompt_set.num_too_long:
+        logger.warning("%s: %d tasks over data.max_prompt_tokens are left out", file, prompt_set.num_too_long)
+    prompts = prompt_set.prompts[:max_tasks]
+    return [tasks[prompt.prompt_id] for prompt in prompts], prompts
 
 
 def _without_fp8(config: Config) -> Config:
@@ -46,21 +120,3 @@ def _without_fp8(config: Config) -> Config:
         precision=dataclasses.replace(config.precision, fp8="off"),
         attention=dataclasses.replace(config.attention, fp8=False),
     )
-
-
-def _read(file: str, config: Config, tokenizer) -> tuple[list[dict], list[Prompt]]:
-    """The tasks of a file, at most `evaluation.max_tasks`, and their prompts."""
-    tasks = read_tasks(file)
-    for source in {task["source"] for task in tasks}:
-        load_verifier(source)
-    prompt_set = read_prompts(
-        [file],
-        tokenizer,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        apply_chat_template=config.data.apply_chat_template,
-        enable_thinking=config.data.enable_thinking,
-    )
-    if prompt_set.num_too_long:
-        logger.warning("%s: %d tasks over data.max_prompt_tokens are left out", file, prompt_set.num_too_long)
-    prompts = prompt_set.prompts[: config.evaluation.max_tasks]
-    return [tasks[prompt.prompt_id] for prompt in prompts], prompts

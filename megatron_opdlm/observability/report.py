@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 
 import yaml
 
-from megatron_opdlm.config.settings import SETTINGS
+from megatron_opdlm.config.settings import SECTIONS, SETTINGS
 from megatron_opdlm.observability.plots import line_plot, stacked_plot
 from megatron_opdlm.observability.writers import read_records
 
@@ -27,10 +27,12 @@ CURVES = {
     "rollout/response_length": ("Response length", "Tokens up to and including the end token."),
     "train/grad_norm": ("Gradient norm", "Before clipping."),
     "train/on_policy_gap": ("On-policy gap", "Mean difference in log-probability between rollout and training."),
+    "evaluation/accuracy": ("Accuracy", "Share of the tasks of `evaluation.files` solved, at temperature 0."),
+    "evaluation/tokens_per_step": ("Tokens per denoising step on these tasks", "At temperature 0."),
 }
 """Metric -> title and explanation of its curve."""
 
-PHASES = ("rollout", "balance", "teacher", "scoring", "student", "optimizer", "checkpoint")
+PHASES = ("rollout", "balance", "teacher", "scoring", "student", "optimizer", "checkpoint", "evaluation")
 
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --text: #1c1f23; --quiet: #5d646d; --line: #dfe3e8; }
@@ -126,7 +128,7 @@ def _figure(picture: str, title: str, explanation: str) -> str:
 
 
 def _settings(sections: Mapping[str, Mapping[str, object]]) -> str:
-    values = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+    values = {name: value for section, fields in sections.items() for name, value in _by_setting(section, fields)}
     if not values:
         return ""
     written = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
@@ -135,6 +137,15 @@ def _settings(sections: Mapping[str, Mapping[str, object]]) -> str:
         f"<h2>Settings that differ from the defaults</h2>\n{_table(changed)}"
         f"<details><summary>All settings</summary>\n{_table(written)}</details>\n"
     )
+
+
+def _by_setting(section: str, fields: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Dotted names and values; a section inside a section is taken apart."""
+    for name, value in fields.items():
+        if f"{section}.{name}" in SECTIONS:
+            yield from _by_setting(f"{section}.{name}", value)
+        else:
+            yield f"{section}.{name}", value
 
 
 def _table(table: Mapping[str, object]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -93,9 +94,16 @@ class RolloutEngine:
 
     @torch.no_grad()
     def generate_some(
-        self, tasks: dict[int, RolloutTask], step: int, dynamic_threshold: float | None = None
+        self,
+        tasks: dict[int, RolloutTask],
+        step: int,
+        dynamic_threshold: float | None = None,
+        on_finished: Callable[[int, Trajectory], None] | None = None,
     ) -> dict[int, Trajectory]:
-        """`generate` for some tasks of a list, by their places in it; `share` of the whole list says who gets which."""
+        """`generate` for some tasks of a list, by their places in it; `share` of the whole list says who gets which.
+
+        `on_finished` is told each of them as soon as it is done, on the ranks that decoded it.
+        """
         places, tasks = list(tasks), list(tasks.values())
         queue = WorkQueue([len(task.prompt.token_ids) + task.max_new_tokens for task in tasks], self._group)
         requests = [self._request(index, task, step) for index, task in enumerate(tasks)]
@@ -110,6 +118,7 @@ class RolloutEngine:
             self._build_attention,
             self.show_progress,
             logging.DEBUG if self._has_decoded else logging.INFO,  # the size of the cache, once
+            on_finished and (lambda index, trajectory: on_finished(places[index], trajectory)),
         )
         self._has_decoded = True
         finished = {places[index]: trajectory for index, trajectory in generation.run().items()}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 
 from tqdm import tqdm
 
@@ -59,8 +60,9 @@ class Generation:
         build_attention: BuildAttention,
         show_progress: bool = False,
         log_level: int = logging.DEBUG,
+        on_finished: Callable[[int, Trajectory], None] | None = None,
     ) -> None:
-        self.log_level = log_level
+        self.log_level, self.on_finished = log_level, on_finished
         self.model, self.rollout, self.special, self.requests, self.queue = model, rollout, special, requests, queue
         self.statistics = RolloutStatistics.of_blocks(rollout.block_size)
         self.waiting: deque[Waiting] = deque()
@@ -151,6 +153,8 @@ class Generation:
     def _keep(self, index: int, trajectory: Trajectory) -> None:
         """What a decoder has finished."""
         self.finished[index] = trajectory
+        if self.on_finished is not None:
+            self.on_finished(index, trajectory)
         self.statistics.num_tokens += trajectory.response_length
         self.bar.update()
         elapsed = self.bar.format_dict["elapsed"]

@@ -48,6 +48,7 @@ from megatron_opdlm.training.expert_load import ExpertLoad
 from megatron_opdlm.training.optimizer import learning_rate, make_trainable, parameter_count, wait_for_weights
 from megatron_opdlm.training.step_metrics import StepMetrics
 from megatron_opdlm.training.train_step import TrainStep
+from megatron_opdlm.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class Trainer:
             self.groups,
             show_progress=config.logging.progress_bar and dist.get_rank() == 0,
         )
+        self.validation = Validation(config, source, model, self.groups)
         self.timers = PhaseTimers(torch.cuda.synchronize)
         self.metrics = StepMetrics(*architectures, groups=self.groups)
         self.expert_load = ExpertLoad(model, self.groups)
@@ -115,6 +117,9 @@ class Trainer:
         with BackgroundSaves() as saves, bar:
             while self.step < self.config.training.max_steps:
                 metrics = self._one_step()
+                if self.validation.is_due(self.step + 1):
+                    with self.timers.phase("evaluation"):
+                        metrics |= self.validation.evaluate(self.step + 1)
                 writers.write(self.step, metrics)
                 self.step += 1
                 bar.set_postfix_str(_summary(metrics))
@@ -140,7 +145,7 @@ class Trainer:
                 )
             step_sums = [self.train_step(micro_batches) for micro_batches in self._global_batches(states)]
             wait_for_weights(self.student)
-        seconds = self.timers.seconds()  # and those for which a checkpoint after the step before held up the training
+        seconds = self.timers.seconds()  # and those of a checkpoint or an evaluation after the step before
         self.timers.reset()
         return self.metrics.of_step(
             trajectories,
@@ -218,6 +223,8 @@ class Trainer:
 
     def _is_save_due(self) -> bool:
         interval = self.config.checkpoint.save_interval
+        if self.step == self.validation.best_step:
+            return True
         return self.step == self.config.training.max_steps or bool(interval and self.step % interval == 0)
 
     def _save(self, saves: BackgroundSaves) -> None:
@@ -226,6 +233,7 @@ class Trainer:
             "prompt_stream": self.prompt_stream.state_dict(),
             "scheduler": self.student.scheduler.state_dict(),
             "totals": self.metrics.state_dict(),
+            "validation": self.validation.state_dict(),
             "fp8_scales": self.student.model.link.union(scaling_state(self.student.model)),
         }
         with self.timers.phase("checkpoint"):
@@ -238,6 +246,7 @@ class Trainer:
                 progress,
                 self.source,
                 self.config,
+                self.validation.best_step,
             )
 
     def _resume(self) -> None:
@@ -252,6 +261,7 @@ class Trainer:
         self.prompt_stream.load_state_dict(progress["prompt_stream"])
         self.student.scheduler.load_state_dict(progress["scheduler"])
         self.metrics.load_state_dict(progress["totals"])
+        self.validation.load_state_dict(progress["validation"], self._checkpoint_directory)
         load_scaling_state(self.student.model, progress["fp8_scales"])
         logger.info("resumed from %s at step %d", folder, self.step)
 

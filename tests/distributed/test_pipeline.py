@@ -183,7 +183,7 @@ def bubble(root: Path, num_groups: int) -> float:
 
 
 def evaluate(root: Path, parallel: ParallelConfig) -> dict:
-    """Scores and responses of `evaluate`."""
+    """Scores and responses of `evaluate`, without what took time."""
     from megatron_opdlm.evaluation.task_files import score_task_files
 
     file, entry = root / "tasks.jsonl", {"answer": "61", "metadata": {}}
@@ -194,7 +194,7 @@ def evaluate(root: Path, parallel: ParallelConfig) -> dict:
         results = score_task_files(
             tiny_config(root / "untied", parallel=parallel, rollout=rollout, evaluation=evaluation)
         )
-    return results[str(file)]
+    return {name: value for name, value in results[str(file)].items() if name != "costs"}
 
 
 def every_layout(rank: int, root: Path) -> dict:

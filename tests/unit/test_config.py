@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import resource
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from megatron_opdlm.config.schema import (
     OptimizerConfig,
     RolloutConfig,
     StudentConfig,
+    SweepConfig,
     TrainingConfig,
 )
 from megatron_opdlm.config.settings import SECTIONS, SETTINGS, nearest_name
@@ -58,6 +60,26 @@ def test_a_list_flag_takes_commas_spaces_and_yaml():
 def test_a_flag_may_set_one_entry_of_a_typed_mapping():
     config = load_config(["--rollout.max_new_tokens_by_domain.math", "16"])
     assert config.rollout.max_new_tokens_by_domain == {"math": 16}
+
+
+def test_a_section_of_a_section_is_read_from_recipe_and_flag_and_saved(tmp_path):
+    path = recipe(tmp_path, "evaluation:\n  max_tasks: 3\n  sweep: {thresholds: [0.5, 1]}")
+    config = load_config(["--config", path, "--evaluation.sweep.block_sizes", "[4,8]"])
+    assert config.evaluation.max_tasks == 3
+    assert config.evaluation.sweep == SweepConfig(thresholds=[0.5, 1.0], block_sizes=[4, 8])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_a_wrong_setting_of_a_section_of_a_section_is_named(tmp_path):
+    nearest = "is not a setting; the nearest is evaluation.sweep.thresholds"
+    assert message_of(["--evaluation.sweep.threshold", "1"]) == f"--evaluation.sweep.threshold {nearest}"
+    path = recipe(tmp_path, "evaluation:\n  sweep:\n    threshold: [1]")
+    assert message_of(["--config", path]) == f"{path}, line 3: evaluation.sweep.threshold {nearest}"
+    path = recipe(tmp_path, "evaluation:\n  sweep: 3")
+    assert message_of(["--config", path]).endswith("section evaluation.sweep must hold settings, indented below it")
+    expected = "evaluation.sweep.thresholds (many) must be a list, each item a number"
+    assert message_of(["--evaluation.sweep.thresholds", "many"]) == expected
 
 
 def test_exponents_without_a_point_are_numbers(tmp_path):
@@ -147,7 +169,8 @@ def test_what_an_entry_point_requires_must_be_given_and_exist(tmp_path):
     absent = str(tmp_path / "absent")
     assert message_of(["--teacher.hf", absent], required=["teacher"]) == f"teacher.hf: there is no folder {absent}"
     files = ["--evaluation.files", absent]
-    assert message_of(files, required=["evaluation.files"]) == f"evaluation.files: there is no file {absent}"
+    validation = [*files, "--evaluation.interval", "5"]
+    assert message_of(validation, required=["validation"]) == f"evaluation.files: there is no file {absent}"
     load_config(files, required=[])
     load_config(["--student.checkpoint", str(tmp_path)], required=["student"])
 
@@ -155,10 +178,10 @@ def test_what_an_entry_point_requires_must_be_given_and_exist(tmp_path):
 def test_every_setting_has_a_name_a_default_and_documentation():
     config = Config()
     for name, setting in SETTINGS.items():
-        section, field = name.split(".")
-        assert getattr(getattr(config, section), field) == setting.default
+        assert operator.attrgetter(name)(config) == setting.default
         assert setting.documentation.endswith(".") and setting.rule
-    assert len(SETTINGS) == sum(len(dataclasses.fields(section)) for section in SECTIONS.values())
+    fields = [field for section in (Config, *SECTIONS.values()) for field in dataclasses.fields(section)]
+    assert len(SETTINGS) == len(fields) - len(SECTIONS), "every field is a setting or a section"
 
 
 def test_the_nearest_name_prefers_the_same_field_of_another_section():

@@ -120,3 +120,45 @@ def test_an_interrupted_removal_leaves_no_half_checkpoint_under_a_good_name(tmp_
     assert names(tmp_path) == ["step_00000001.old.partial", "step_00000002"]
     folders.remove_old_checkpoints(tmp_path, keep=1)
     assert names(tmp_path) == ["step_00000002"]
+
+
+def test_the_best_checkpoint_is_a_name_for_a_step_that_retention_leaves_alone(tmp_path):
+    for step in (1, 2, 3, 4):
+        make_folder(tmp_path, step)
+    folders.point_to_best(tmp_path, 1)
+    folders.remove_old_checkpoints(tmp_path, keep=2)
+    assert names(tmp_path) == ["best", "step_00000001", "step_00000003", "step_00000004"]
+    assert json.loads((tmp_path / "best" / "manifest.json").read_text())["sizes"]["shard"] == 5
+    folders.point_to_best(tmp_path, 4)
+    folders.remove_old_checkpoints(tmp_path, keep=1)
+    assert names(tmp_path) == ["best", "step_00000004"]
+    assert folders.newest_checkpoint(tmp_path) == tmp_path / "step_00000004"
+
+
+@pytest.mark.parametrize("operation", ["unlink", "symlink_to", "replace"])
+def test_an_interruption_leaves_the_best_checkpoint_at_the_one_before(tmp_path, monkeypatch, operation):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for step in (1, 2):
+        make_folder(tmp_path, step)
+    folders.point_to_best(tmp_path, 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, operation, interrupted)
+        folders.point_to_best(tmp_path, 2)
+    assert (tmp_path / "best").resolve() == tmp_path / "step_00000001"
+    folders.point_to_best(tmp_path, 2)
+    assert (tmp_path / "best").resolve() == tmp_path / "step_00000002"
+    assert names(tmp_path) == ["best", "step_00000001", "step_00000002"]
+
+
+def test_a_run_can_be_moved_or_copied_with_its_best_checkpoint(tmp_path):
+    for step in (1, 2):
+        make_folder(tmp_path / "run", step)
+    folders.point_to_best(tmp_path / "run", 1)
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    folders.check_complete(moved / "best")
+    copied = shutil.copytree(moved, tmp_path / "copied")  # follows links: `best` is a folder of its own there
+    assert not (copied / "best").is_symlink()
+    folders.point_to_best(copied, 2)
+    assert (copied / "best").resolve() == copied / "step_00000002"

@@ -1,0 +1,38 @@
+"""Rules of the `evaluation` section; part of `config.check`, where the rules that concern several sections are.
+
+check_evaluation(config.evaluation)
+
+Each violation is a ValueError that names the setting, its value and the rule.
+"""
+
+from __future__ import annotations
+
+from megatron_opdlm.config.rules import at_least, require
+from megatron_opdlm.config.schema import EvaluationConfig
+
+
+def check_evaluation(evaluation: EvaluationConfig) -> None:
+    """What holds whether or not anything is evaluated. ValueError says what does not."""
+    at_least(
+        1,
+        "evaluation",
+        max_tasks=evaluation.max_tasks,
+        num_responses=evaluation.num_responses,
+        max_new_tokens=evaluation.max_new_tokens,
+        num_chunks=evaluation.num_chunks,
+    )
+    at_least(0, "evaluation", temperature=evaluation.temperature, interval=evaluation.interval)
+    require(
+        0 <= evaluation.chunk < evaluation.num_chunks,
+        f"evaluation.chunk ({evaluation.chunk}) must be from 0 to one below evaluation.num_chunks "
+        f"({evaluation.num_chunks})",
+    )
+    require(
+        not (evaluation.files and evaluation.tasks),
+        f"evaluation.files ({', '.join(evaluation.files)}) and evaluation.tasks ({', '.join(evaluation.tasks)}) "
+        "exclude each other: give one",
+    )
+    require(
+        not (evaluation.files and evaluation.role == "teacher"),
+        "evaluation.role (teacher) must be student for evaluation.files; evaluation.tasks takes either",
+    )
