@@ -147,7 +147,10 @@ def test_what_an_entry_point_requires_must_be_given_and_exist(tmp_path):
     absent = str(tmp_path / "absent")
     assert message_of(["--teacher.hf", absent], required=["teacher"]) == f"teacher.hf: there is no folder {absent}"
     files = ["--evaluation.files", absent]
-    assert message_of(files, required=["evaluation.files"]) == f"evaluation.files: there is no file {absent}"
+    student = ["--student.checkpoint", str(tmp_path)]
+    assert message_of([*files, *student], required=["evaluation"]) == f"evaluation.files: there is no file {absent}"
+    as_teacher = ["--evaluation.role", "teacher", *student]
+    assert message_of(as_teacher, required=["evaluation.role"]) == "give teacher.hf or teacher.checkpoint"
     load_config(files, required=[])
     load_config(["--student.checkpoint", str(tmp_path)], required=["student"])
 
