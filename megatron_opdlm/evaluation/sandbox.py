@@ -134,7 +134,8 @@ def isolation() -> Isolation:
         if outcome.verdict == "ok":
             return replace(found, reasons=tuple(dict.fromkeys(reasons)))
         reasons.append(f"an empty program ended with {outcome.verdict}: {outcome.stderr.strip()[-200:]}")
-    raise ValueError(f"programs cannot be shut in on this machine, so none is run: {'; '.join(reasons)}")
+    told = "; ".join(dict.fromkeys(reasons))
+    raise ValueError(f"programs cannot be shut in on this machine, so none is run: {told}")
 
 
 def run_program(source: str, *, stdin: str = "", limits: Limits | None = None) -> Outcome:
