@@ -37,6 +37,7 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         "flash": ["flash-attn"],
         "evaluation": ["reasoning-gym", "math-verify"],
+        # HumanEval and MBPP: evalplus, from requirements/evalplus.txt, which says why it cannot be listed here.
         "eval": ["lm-eval"],
         "modelopt": ["nvidia-modelopt"],
         "wandb": ["wandb"],

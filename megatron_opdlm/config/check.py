@@ -218,7 +218,7 @@ def _check_training(training: TrainingConfig, rollout: RolloutConfig) -> None:
 
 def _check_intervals(checkpoint: CheckpointConfig, evaluation: EvaluationConfig) -> None:
     at_least(0, "checkpoint", save_interval=checkpoint.save_interval, keep=checkpoint.keep)
-    at_least(1, "evaluation", max_tasks=evaluation.max_tasks)
+    at_least(1, "evaluation", max_tasks=evaluation.max_tasks, code_processes=evaluation.code_processes)
 
 
 def _check_precision(config: Config) -> None:

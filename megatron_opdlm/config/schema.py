@@ -238,6 +238,12 @@ class EvaluationConfig:
     """Score the first this many tasks of each file; null for all."""
     output: str | None = None
     """File for the scores and the responses, as JSON."""
+    sandbox: Literal["strict", "available"] = "available"
+    """What programs of responses are run in. `strict`: nothing runs unless a program gets namespaces (its own processes,
+    network and file system) and a filter of system calls. `available`: the best that this machine or container allows,
+    which is logged; nothing runs where a program could start others or reach the network."""
+    code_processes: int = 4
+    """Programs of responses that run at one time on a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)

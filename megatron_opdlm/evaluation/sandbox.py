@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
+
+logger = logging.getLogger(__name__)
 
 Verdict = Literal["ok", "error", "time", "memory", "output", "killed"]
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -119,7 +122,7 @@ def check_isolation(sandbox: Literal["strict", "available"]) -> Isolation:
 
 @functools.cache
 def isolation() -> Isolation:
-    """What is in force on this machine: the best of four that an empty program can be run with.
+    """What is in force on this machine: the best of four that an empty program can be run with; logged once.
 
     ValueError where a program can get neither namespaces nor a filter of system calls: then none is run.
     """
@@ -132,7 +135,9 @@ def isolation() -> Isolation:
             reasons.append(str(refusal))
             continue
         if outcome.verdict == "ok":
-            return replace(found, reasons=tuple(dict.fromkeys(reasons)))
+            found = replace(found, reasons=tuple(dict.fromkeys(reasons)))
+            logger.info("programs run with %s", found.describe())
+            return found
         reasons.append(f"an empty program ended with {outcome.verdict}: {outcome.stderr.strip()[-200:]}")
     told = "; ".join(dict.fromkeys(reasons))
     raise ValueError(f"programs cannot be shut in on this machine, so none is run: {told}")
