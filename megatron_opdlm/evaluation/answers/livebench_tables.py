@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import itertools
 import json
 import math
 import re
@@ -67,7 +68,7 @@ def _target_format(question: str) -> str:
 
 
 def _tables_in(target: str, text: str, columns: list[str]) -> list[Table]:
-    """What could be the table in a response: all of it, cleaned, and what starts with the header's line."""
+    """What could be the table in a response: all of it, cleaned, and the most that is a table from its header on."""
     text = _clean(text)
     tables = [_read_table(target, text)]
     if target in ("csv", "tsv"):
@@ -75,7 +76,8 @@ def _tables_in(target: str, text: str, columns: list[str]) -> list[Table]:
         lines = [line.strip() for line in text.split("\n")]
         if header in lines:
             after = lines[lines.index(header) :]
-            tables += [_read_table(target, "\n".join(after[:end])) for end in range(len(after), 1, -1)]
+            parts = (_read_table(target, "\n".join(after[:end])) for end in range(len(after), 1, -1))
+            tables.append(next(filter(None, parts), None))
     if target == "jsonl":
         tables.append(
             _read_table(target, "\n".join(line for line in text.split("\n") if re.match(r"\s*\{.*\}\s*$", line)))
@@ -84,11 +86,11 @@ def _tables_in(target: str, text: str, columns: list[str]) -> list[Table]:
 
 
 def _clean(text: str) -> str:
-    """The last tags' content, in it the last fence's, without an introducing phrase."""
+    """The last tags' content, in it the last JSON or HTML fence's, without other fences and an introducing phrase."""
     tagged = re.findall(r"<solution>(.*?)</solution>", text, re.DOTALL)
     text = tagged[-1].strip() if tagged else text
-    fenced = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
-    text = fenced[-1] if fenced else re.sub(r"```\w*", "", text)
+    fenced = re.findall(r"```(?:json|html)\n(.*?)```", text, re.DOTALL)
+    text = fenced[-1] if fenced else re.sub(r"^```.*\n", "", text).replace("```", "").strip()
     text = re.sub(r"^\s*(?:Here|Input)\b.*?\b(?:format|table)\s*[:)]\s*", "", text, flags=re.IGNORECASE)
     return text.replace("&amp;", "&").strip()
 
@@ -105,10 +107,11 @@ def _read_table(target: str, text: str) -> Table | None:
 
 
 def _with_header(lines: list[list[str]]) -> Table:
+    """Rows by the names in the first line; cells that are missing at a line's end are empty, too many are no table."""
     lines = [line for line in lines if line]
-    if not lines or any(len(line) != len(lines[0]) for line in lines):
+    if not lines or any(len(line) > len(lines[0]) for line in lines):
         return []
-    return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+    return [dict(itertools.zip_longest(lines[0], line, fillvalue="")) for line in lines[1:]]
 
 
 def _read_json(text: str) -> Table:

@@ -84,7 +84,7 @@ def _listed_numbers(text: str) -> list[int | None]:
         places.append(after or " ".join(lines[marked[-1] + 1 : marked[-1] + 2]))
     places += [box for box in [last_box(text)] if box] + lines[-1:]
     for place in places:
-        numbers = [re.search(r"\d+", part) for part in place.split(",")]
+        numbers = [re.search(r"\d+", part.strip().rpartition(" ")[2]) for part in place.split(",")]
         if any(numbers):
             return [int(number[0]) if number else None for number in numbers]
     return []
