@@ -141,3 +141,12 @@ def test_follow_up_instructions_agree_with_the_harness_task(load):
         assert ours["accuracy"] == float(theirs["prompt_level_strict_acc"])
         followed = theirs["inst_level_strict_acc"]
         assert ours["instruction_accuracy"] == sum(followed) / len(followed)
+
+
+def test_the_harness_itself_runs_the_tasks(manager):
+    from lm_eval import simple_evaluate
+
+    tasks = ["opdlm_gsm8k", "opdlm_mmlu", "opdlm_zebralogic"]
+    results = simple_evaluate(model="dummy", tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=False)
+    assert {name: results["results"][name]["accuracy,none"] for name in tasks} == dict.fromkeys(tasks, 0.0)
+    assert results["results"]["opdlm_mmlu"]["answer,none"] == 0.0
