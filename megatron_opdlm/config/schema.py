@@ -239,8 +239,8 @@ class EvaluationConfig:
     output: str | None = None
     """File for the scores and the responses, as JSON."""
     sandbox: Literal["strict", "available"] = "available"
-    """What the programs of responses run in. `strict`: nothing runs unless they get namespaces (processes, a network and
-    a file system of their own) and a filter of system calls. `available`: the best that this machine or container
+    """What the programs of responses run in. `strict`: nothing runs unless they get namespaces (processes, network and
+    file system of their own) and a filter of system calls. `available`: the best that this machine or container
     allows, which is logged; nothing runs where it allows neither."""
     code_processes: int = 4
     """Programs of responses that run at one time on a rank."""
