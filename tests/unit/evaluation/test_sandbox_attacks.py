@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from megatron_opdlm.evaluation import sandbox
-from megatron_opdlm.evaluation.sandbox import Limits, Outcome, run_program
+from megatron_opdlm.evaluation.sandbox import Limits, Outcome, isolation, run_program
 
 REPOSITORY = Path(__file__).parents[3]
 MARK = "sandbox-attack-87b1"  # in the attacks' text, so that what is left of one would be found by it
@@ -115,6 +115,14 @@ def test_files_of_others_cannot_be_read(way, tmp_path):
 def test_files_of_python_and_the_system_cannot_be_changed(way):
     statements = [f"open({path!r}, 'a')" for path in (os.__file__, psutil.__file__, "/usr/bin/env", "/dev/sda")]
     assert attack(tries(statements)).stdout == ""
+
+
+def test_with_namespaces_all_but_tmp_is_read_only_for_everybody():
+    if not isolation().namespaces:
+        pytest.skip("no namespaces here")
+    places = ["/", "/usr", os.path.dirname(os.__file__), os.path.dirname(psutil.__file__), "/tmp"]
+    outcome = attack(f"import os\nprint([bool(os.statvfs(p).f_flag & os.ST_RDONLY) for p in {places}])")
+    assert outcome.stdout == "[True, True, True, True, False]\n"
 
 
 def test_there_are_no_sockets_of_any_family(way):
