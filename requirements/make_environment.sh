@@ -11,11 +11,12 @@ refuse() { echo "error: $*" >&2; exit 2; }
 install() { # install ENVIRONMENT BASE_INTERPRETER: what the lane lists; sets PYTHON
     local wanted installed="$1/installed_requirements.txt" # written last, so one that was cut short is repeated
     PYTHON="$PWD/$1/bin/python"
-    wanted="$(cat requirements/both_lanes.txt "requirements/$lane.txt")"
+    wanted="$(cat requirements/both_lanes.txt "requirements/$lane.txt" requirements/evalplus.txt)"
     if [[ ! -f "$installed" || "$wanted" != "$(cat "$installed")" ]] || ! "$PYTHON" -c ""; then
         echo "Installing requirements/$lane.txt into $1 with $2 (only this once) ..." >&2
         "$PYTHON" -c "" 2>/dev/null || "$2" -m venv --clear "$1"
         "$PYTHON" -m pip install --quiet --requirement "requirements/$lane.txt"
+        "$PYTHON" -m pip install --quiet --no-deps --requirement requirements/evalplus.txt
         echo "$wanted" >"$installed"
     fi
 }

@@ -287,6 +287,12 @@ class EvaluationConfig:
     `best` beside the checkpoints names it, for `student.checkpoint` and for conversion."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     """How decoding settings trade accuracy for speed."""
+    sandbox: Literal["strict", "available"] = "available"
+    """What the programs of responses run in. `strict`: nothing runs unless they get namespaces (processes, network and
+    file system of their own) and a filter of system calls. `available`: the best that this machine or container
+    allows, which is logged; nothing runs where it allows neither."""
+    code_processes: int = 4
+    """Programs of responses that run at one time on a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)

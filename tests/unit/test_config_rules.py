@@ -114,6 +114,7 @@ from tests.unit.test_config import message_of
         ("parallel.distributed_timeout_minutes=0", "parallel.distributed_timeout_minutes (0.0) must be over 0"),
         ("checkpoint.keep=-1", "checkpoint.keep (-1) must be at least 0"),
         ("evaluation.max_tasks=0", "evaluation.max_tasks (0) must be at least 1"),
+        ("evaluation.code_processes=0", "evaluation.code_processes (0) must be at least 1"),
         ("data.max_prompt_tokens=0", "data.max_prompt_tokens (0) must be at least 1"),
         ("student.hf=a student.checkpoint=b", "student.hf (a) and student.checkpoint (b) exclude each other: give one"),
         ("student.mask_token=", "student.mask_token () must not be empty"),
