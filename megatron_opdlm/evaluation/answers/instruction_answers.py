@@ -37,6 +37,6 @@ def _checkers() -> Any:
     try:
         from lm_eval.tasks.ifeval import utils
     except ImportError as error:
-        message = f'IFEval needs {error.name}: pip install "megatron-opdlm[eval]" "lm-eval[ifeval]"'
+        message = f'IFEval needs {error.name}: pip install "lm-eval[ifeval]"'
         raise ValueError(message) from error
     return utils

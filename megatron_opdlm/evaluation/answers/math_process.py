@@ -55,6 +55,8 @@ class MathProcess:
             ValueError: if math-verify is not installed.
         """
         with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self._stop()  # somebody ended it between two checks
             process = self._process or self._start()
             line = self._exchange(process, json.dumps([str(right_answer), text]), self.limit_s)
             if line is None:
@@ -70,7 +72,7 @@ class MathProcess:
 
     def _start(self) -> subprocess.Popen[bytes]:
         if importlib.util.find_spec("math_verify") is None:
-            raise ValueError('checking mathematical answers needs math-verify: pip install "megatron-opdlm[eval]"')
+            raise ValueError('checking mathematical answers needs math-verify: pip install "math-verify[antlr4_13_2]"')
         # by its path, and without its folder among those of modules: nothing of this package is imported
         program = [sys.executable, "-P", math_answers.__file__]
         process = self._process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

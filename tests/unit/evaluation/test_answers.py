@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 
@@ -10,6 +11,7 @@ import pytest
 from megatron_opdlm.evaluation.answers import livebench_words
 from megatron_opdlm.evaluation.answers.choice_answers import choice_answer, right_letter
 from megatron_opdlm.evaluation.answers.final_text import final_text
+from megatron_opdlm.evaluation.answers.instruction_answers import follow_instructions
 from megatron_opdlm.evaluation.answers.livebench_answers import score_livebench
 from megatron_opdlm.evaluation.answers.math_answers import boxes, check_math, last_boxes
 from megatron_opdlm.evaluation.answers.math_process import MathProcess
@@ -108,6 +110,13 @@ def test_threads_can_check(process):
     assert [verdict.is_correct for verdict in found] == [True] * 3
 
 
+def test_a_process_that_was_ended_is_started_again(process):
+    assert process.check("2", r"\boxed{2}").is_correct
+    process._process.kill()
+    process._process.wait()
+    assert process.check("2", r"\boxed{2}").is_correct
+
+
 def test_a_check_without_end_counts_as_wrong_and_the_next_one_goes_on(process):
     process.check("1", "1")
     process.limit_s, started = 0.5, time.monotonic()
@@ -179,3 +188,12 @@ def test_a_livebench_task_without_a_scorer_is_refused():
     row = {"livebench_category": "reasoning", "livebench_task": "theory_of_mind", "ground_truth_answer": ""}
     with pytest.raises(ValueError, match=r"LiveBench task reasoning/theory_of_mind has no scorer \(there are: coding/"):
         score_livebench(row, "")
+
+
+def test_what_is_not_installed_is_named_with_the_command_that_gets_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'needs math-verify: pip install "math-verify\[antlr4_13_2\]"'):
+        MathProcess().check("1", "1")
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks.ifeval", None)
+    with pytest.raises(ValueError, match=r'IFEval needs lm_eval.tasks.ifeval: pip install "lm-eval\[ifeval\]"'):
+        follow_instructions({"question": "", "instruction_id_list": [], "kwargs": []}, "")

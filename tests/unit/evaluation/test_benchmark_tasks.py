@@ -44,6 +44,14 @@ def load(manager):
     return load
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_fetched():
+    """lm-eval's IFEval downloads `punkt_tab` when it is imported, which none of these instructions needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nltk.download", lambda *_: False)
+        yield
+
+
 def cases(names):
     return [(name, number) for name in names for number in range(len(RESPONSES[name]))]
 
@@ -143,10 +151,21 @@ def test_follow_up_instructions_agree_with_the_harness_task(load):
         assert ours["instruction_accuracy"] == sum(followed) / len(followed)
 
 
-def test_the_harness_itself_runs_the_tasks(manager):
-    from lm_eval import simple_evaluate
+def test_the_harness_itself_aggregates_what_the_tasks_give(manager):
+    from lm_eval.api.model import LM
+    from lm_eval.evaluator import evaluate
 
-    tasks = ["opdlm_gsm8k", "opdlm_mmlu", "opdlm_zebralogic"]
-    results = simple_evaluate(model="dummy", tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=False)
-    assert {name: results["results"][name]["accuracy,none"] for name in tasks} == dict.fromkeys(tasks, 0.0)
-    assert results["results"]["opdlm_mmlu"]["answer,none"] == 0.0
+    class SaysTheSame(LM):
+        def generate_until(self, requests):
+            return ["\\boxed{252}, or in letters \\boxed{B}" for _ in requests]
+
+        def loglikelihood(self, requests):
+            raise AssertionError("no task asks for this")
+
+        loglikelihood_rolling = loglikelihood
+
+    tasks = manager.load(["opdlm_gsm8k", "opdlm_mmlu", "opdlm_zebralogic"])
+    results = evaluate(SaysTheSame(), tasks, bootstrap_iters=0, log_samples=False)["results"]
+    assert (results["opdlm_mmlu"]["accuracy,none"], results["opdlm_mmlu"]["answer,none"]) == (1.0, 1.0)
+    assert (results["opdlm_gsm8k"]["accuracy,none"], results["opdlm_gsm8k"]["answer,none"]) == (0.0, 1.0)
+    assert results["opdlm_zebralogic"]["cell_accuracy,none"] == 0.0
