@@ -37,12 +37,8 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         "flash": ["flash-attn"],
         "evaluation": ["reasoning-gym", "math-verify"],
-<<<<<<< HEAD
-        "eval": ["lm-eval>=0.4.13"],
-=======
         # HumanEval and MBPP: evalplus, from requirements/evalplus.txt, which says why it cannot be listed here.
-        "eval": ["lm-eval"],
->>>>>>> 3461015fef62a2fdc76e70e270f4299e774fbc02
+        "eval": ["lm-eval>=0.4.13"],
         "modelopt": ["nvidia-modelopt"],
         "wandb": ["wandb"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "reasoning-gym", "accelerate"],

@@ -19,7 +19,6 @@ from megatron_opdlm.config.schema import (
     ParallelConfig,
     PrecisionConfig,
     RolloutConfig,
-    SweepConfig,
     TrainingConfig,
 )
 from megatron_opdlm.config.sft_presets import check_objective
@@ -38,8 +37,7 @@ def check_config(config: Config, world_size: int | None) -> None:
     _check_optimizer(config.optimizer)
     _check_training(config.training, config.rollout)
     at_least(0, "checkpoint", save_interval=config.checkpoint.save_interval, keep=config.checkpoint.keep)
-    check_evaluation(config.evaluation)
-    _check_sweep(config.evaluation.sweep, config.rollout)
+    check_evaluation(config.evaluation, config.rollout)
     at_least(
         1,
         "data",
@@ -189,22 +187,6 @@ def _check_training(training: TrainingConfig, rollout: RolloutConfig) -> None:
         f"training.num_prompts_per_step ({training.num_prompts_per_step}){product} must be a multiple of "
         f"training.global_batch_size ({training.global_batch_size})",
     )
-
-
-def _check_sweep(sweep: SweepConfig, rollout: RolloutConfig) -> None:
-    """Each point must be a rollout that could have been asked for by itself."""
-    for name, values in (("thresholds", sweep.thresholds), ("block_sizes", sweep.block_sizes)):
-        for value in values:
-            require(values.count(value) == 1, f"evaluation.sweep.{name} ({values}) must have {value} only once")
-    for threshold in sweep.thresholds:
-        within(0, 1, "evaluation.sweep", thresholds=threshold)
-    for block_size in sweep.block_sizes:
-        at_least(1, "evaluation.sweep", block_sizes=block_size)
-        require(
-            rollout.max_tokens_in_flight >= 2 * block_size,
-            f"rollout.max_tokens_in_flight ({rollout.max_tokens_in_flight}) must be at least two blocks of "
-            f"evaluation.sweep.block_sizes ({block_size})",
-        )
 
 
 def _check_precision(config: Config) -> None:
