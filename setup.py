@@ -37,9 +37,9 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         "flash": ["flash-attn"],
         "evaluation": ["reasoning-gym", "math-verify"],
-        "eval": ["lm-eval"],
+        "eval": ["lm-eval>=0.4.13"],
         "modelopt": ["nvidia-modelopt"],
         "wandb": ["wandb"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "reasoning-gym"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "reasoning-gym", "accelerate"],
     },
 )

@@ -12,7 +12,6 @@ responses.
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +25,10 @@ from megatron_opdlm.evaluation.answering import Answerer
 from megatron_opdlm.evaluation.evaluated_model import open_evaluated_model
 from megatron_opdlm.evaluation.requests import ResponseRequest, chat_prompt, decoding_settings
 from megatron_opdlm.evaluation.responses import scored_text
-from megatron_opdlm.parallel.initialize import initialize, world_size
+from megatron_opdlm.parallel.initialize import initialize, rank, world_size
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
-
-logger = logging.getLogger(__name__)
 
 NO_LIKELIHOODS = (
     "megatron_opdlm answers by generating text and has no likelihoods: a block-diffusion model gives none in one pass. "
@@ -63,7 +60,8 @@ class MegatronOpdlm(LM):
         self.config, self.opened = config, open_evaluated_model(config)
         self.tokenizer = self.opened.tokenizer
         groups = initialize(config.parallel, config.training.seed)
-        self.answerer = Answerer(self.opened.load(groups), show_progress=config.logging.progress_bar)
+        shows_progress = config.logging.progress_bar and rank() == 0
+        self.answerer = Answerer(self.opened.load(groups), show_progress=shows_progress)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """A text for each request, in their order. All ranks must call it with the same requests.

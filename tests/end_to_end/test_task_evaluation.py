@@ -182,6 +182,23 @@ def test_two_jobs_with_a_chunk_each_get_the_results_of_one(folder, tmp_path):
     assert evaluate(config_of(folder, tmp_path / "two")) == expected, "nor does it matter who merges"
 
 
+def test_a_sweep_scores_other_settings_with_the_model_that_is_there(folder, tmp_path):
+    from megatron_opdlm.evaluation.harness import TaskEvaluation
+
+    config = config_of(folder, tmp_path / "sweep")
+    evaluation = TaskEvaluation(config)
+    rollouts = [dataclasses.replace(config.rollout, block_size=8, denoising_steps_per_block=8), config.rollout]
+    points = [evaluation.score(rollout) for rollout in rollouts]
+    remove_parallel_groups()
+    for point, rollout in zip(points, rollouts, strict=True):
+        alone = dataclasses.replace(config_of(folder, tmp_path / f"block {rollout.block_size}"), rollout=rollout)
+        took = evaluate(alone)["tasks"]["sums"]["responses"]
+        remove_parallel_groups()
+        assert point["sums"]["tokens_per_step"] == took["tokens_per_step"]
+        assert point["sums"]["response_length"] == took["length"]
+    assert points[0]["sums"]["tokens_per_step"] != points[1]["sums"]["tokens_per_step"]
+
+
 def test_a_text_that_ends_a_response_is_not_in_it(folder, tmp_path):
     evaluate(config_of(folder, tmp_path, num_responses=8))
     lines = [json.loads(line) for line in (tmp_path / "responses" / "sums.jsonl").read_text().splitlines()]

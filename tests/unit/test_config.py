@@ -171,6 +171,10 @@ def test_what_an_entry_point_requires_must_be_given_and_exist(tmp_path):
     files = ["--evaluation.files", absent]
     validation = [*files, "--evaluation.interval", "5"]
     assert message_of(validation, required=["validation"]) == f"evaluation.files: there is no file {absent}"
+    student = ["--student.checkpoint", str(tmp_path)]
+    assert message_of([*files, *student], required=["evaluation"]) == f"evaluation.files: there is no file {absent}"
+    as_teacher = ["--evaluation.role", "teacher", *student]
+    assert message_of(as_teacher, required=["evaluation.role"]) == "give teacher.hf or teacher.checkpoint"
     load_config(files, required=[])
     load_config(["--student.checkpoint", str(tmp_path)], required=["student"])
 
