@@ -19,10 +19,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_opdlm.config.errors import user_errors
 from megatron_opdlm.config.load import load_config
 from megatron_opdlm.config.schema import Config
+
+if TYPE_CHECKING:
+    from megatron_opdlm.evaluation.sweep import Score
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,6 +52,10 @@ def _evaluate_tasks(config: Config) -> None:
 
     set_up_logging()
     evaluation, is_first = TaskEvaluation(config), rank() == 0
+    if config.evaluation.sweep.is_wanted:
+        _run_sweep(config, evaluation.score, evaluation.subject(), output_folder(config))
+        shut_down()
+        return
     evaluation.decode()
     shut_down()  # scoring can take longer than ranks wait for each other
     results = evaluation.results() if is_first else None
@@ -84,13 +92,18 @@ def _check_folder_of_sweep(output: Path | None) -> None:
 
 
 def _sweep(config: Config, folder: Path) -> None:
-    from megatron_opdlm.evaluation.sweep import Sweep, swept_rollouts
     from megatron_opdlm.evaluation.task_files import StudentOnTaskFiles
-    from megatron_opdlm.parallel.initialize import rank
 
     student = StudentOnTaskFiles(config)
+    _run_sweep(config, student.scores_and_costs, student.subject(), folder)
+
+
+def _run_sweep(config: Config, score: Score, subject: dict, folder: Path) -> None:
+    from megatron_opdlm.evaluation.sweep import Sweep, swept_rollouts
+    from megatron_opdlm.parallel.initialize import rank
+
     rollouts = swept_rollouts(config.evaluation.sweep, config.rollout)
-    Sweep(student.scores_and_costs, rollouts, folder, student.subject(), config.logging.progress_bar).run()
+    Sweep(score, rollouts, folder, subject, config.logging.progress_bar).run()
     if rank() == 0:
         print((folder / "sweep.md").read_text(encoding="utf-8"))
 

@@ -37,6 +37,11 @@ def check_evaluation(evaluation: EvaluationConfig, rollout: RolloutConfig) -> No
         not (evaluation.files and evaluation.role == "teacher"),
         "evaluation.role (teacher) must be student for evaluation.files; evaluation.tasks takes either",
     )
+    for name, value, only in (("role", evaluation.role, "student"), ("num_chunks", evaluation.num_chunks, 1)):
+        require(
+            value == only or not evaluation.sweep.is_wanted,
+            f"evaluation.{name} ({value}) must be {only} under evaluation.sweep",
+        )
     _check_sweep(evaluation.sweep, rollout)
 
 

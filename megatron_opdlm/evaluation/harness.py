@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megatron_opdlm.config.schema import Config, RolloutConfig
 from megatron_opdlm.evaluation.answering import Answerer
 from megatron_opdlm.evaluation.evaluated_model import autoregressive, open_evaluated_model
+from megatron_opdlm.evaluation.fingerprint import text_fingerprint
 from megatron_opdlm.evaluation.lm_eval_tasks import build_instances, load_tasks, repeats_of, response_requests
 from megatron_opdlm.evaluation.requests import ROLLOUT_FIELDS, Key, ResponseRequest
 from megatron_opdlm.evaluation.responses import Response, ResponseStore, file_name
@@ -109,6 +110,18 @@ class TaskEvaluation:
             "groups": self._groups(tasks, responses),
             "seconds": self._seconds(responses),
         }
+
+    def subject(self) -> dict[str, Any]:
+        """Who is scored, and on what: what a sweep's points have in common besides the settings of `rollout`."""
+        tasks = {}
+        for name, requests in self.requests.items():
+            asked = _decoding(RolloutConfig(), requests)
+            prompts = text_fingerprint(" ".join(request.fingerprint("", RolloutConfig()) for request in requests))
+            tasks[name] = (
+                f"{len(requests)} responses at temperature {asked['temperature']}, at most {asked['max_new_tokens']} "
+                f"tokens ({prompts})"
+            )
+        return {"student": f"{self.opened.folder} ({self._fingerprint})", "tasks": tasks}
 
     def _all(self) -> list[ResponseRequest]:
         return [request for requests in self.requests.values() for request in requests]

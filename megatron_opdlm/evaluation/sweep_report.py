@@ -39,7 +39,7 @@ def sweep_table(points: list[dict], subject: dict) -> str:
         "- decoding: low_confidence_dynamic, as many denoising steps per block as a block has positions; temperature "
         f"{common['temperature']:g}, top-k {common['top_k']}, top-p {common['top_p']:g}, at most "
         f"{common['max_new_tokens']} tokens, logit shift {common['logit_shift']}, further stop tokens "
-        f"{common['stop_token_ids'] or 'none'}",
+        f"{common['stop_token_ids'] or 'none'}, where a task does not ask for its own",
         "",
     ]
     for task in _tasks(points):
