@@ -48,6 +48,8 @@ class Benchmark:
     """The letters that may be chosen; empty where nothing is chosen."""
     parenthesised: bool = False
     """Options are written "(A) ..." in the rows and "A. ..." in the prompt."""
+    runs_code: bool = False
+    """Programs of the responses are run, in the sandbox."""
     category_field: str = "subdivision"
     """Field of the rows by which scores are broken down."""
     scores: dict[str, float] = field(default_factory=dict)
@@ -115,6 +117,7 @@ MAIN = (
         task="opdlm_livebench",
         file="LiveBench.json",
         domain="mixed",
+        runs_code=True,
         metric="mean score, which may be a part of a point",
         category_field="livebench_category",
         scores=_main(25.3, 27.8, None, None, 28.6, 9.5, 25.8),
@@ -167,6 +170,7 @@ MAIN = (
         task="opdlm_humaneval",
         file="HumanEval.json",
         domain="code",
+        runs_code=True,
         metric="programs that pass the base tests; `plus_accuracy` those that pass EvalPlus's too",
         scores=_main(76.8, 56.1, 35.4, 57.9, 82.3, 63.4, 59.8),
     ),
@@ -175,6 +179,7 @@ MAIN = (
         task="opdlm_mbpp",
         file="MBPP.json",
         domain="code",
+        runs_code=True,
         metric="programs that pass the base tests; `plus_accuracy` those that pass EvalPlus's too",
         scores=_main(80.7, 57.7, 31.5, 68.3, 79.6, 63.0, 48.7),
     ),
@@ -183,6 +188,7 @@ MAIN = (
         task="opdlm_livecodebench_v6",
         file="LCB_v6.json",
         domain="code",
+        runs_code=True,
         metric="programs that pass all tests",
         category_field="platform",
         scores=_main(12.6, 10.4, None, None, 14.5, 9.7, 9.7),
@@ -192,6 +198,7 @@ MAIN = (
         task="opdlm_codeforces",
         file="Codeforces.json",
         domain="code",
+        runs_code=True,
         metric="programs that pass all tests",
         category_field="platform",
         scores=_main(4.0, 5.0, None, None, 5.8, 5.0, 3.5),
@@ -264,6 +271,18 @@ THINKING = {
 def benchmark(task: str) -> Benchmark | None:
     """The row of a task, None for a task that is not the paper's."""
     return next((row for row in BENCHMARKS if row.task == task), None)
+
+
+def category_field(task: str) -> str:
+    """The field of a task's rows that names their category; `category` for tasks that are not in the table."""
+    row = benchmark(task)
+    return row.category_field if row else "category"
+
+
+def runs_code(task: str) -> bool:
+    """Whether the task runs programs that responses hold, or parts of them."""
+    row = benchmark(task)
+    return row is not None and row.runs_code
 
 
 def paper_scores(task: str, *, thinking: bool = False) -> dict[str, float]:

@@ -11,9 +11,7 @@ autoregressive decoding. A Hugging Face folder and a Megatron checkpoint serve a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -30,16 +28,12 @@ from megatron_opdlm.checkpointing.student_and_teacher import (
 from megatron_opdlm.config.schema import Config, RolloutConfig
 from megatron_opdlm.data.special_tokens import SpecialTokens
 from megatron_opdlm.data.tokenizer import end_token_ids, load_tokenizer
+from megatron_opdlm.evaluation.fingerprint import folder_fingerprint, text_fingerprint
 from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.rollout.engine import RolloutEngine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-WEIGHT_FILES = (".safetensors", ".json", ".jinja", ".model", ".distcp", ".pt", ".metadata")
-"""Endings of the files that decide what a model answers."""
-SAMPLE_BYTES, NUM_SAMPLES = 2**16, 16
-"""Of each file so many pieces are read for the fingerprint, spread evenly."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ class OpenedModel:
         role = self.config.evaluation.role
         transformer = getattr(self.config, role).transformer
         settings = f"{role} {self.config.precision.dtype} {sorted(transformer.items())} {self.config.training.seed}"
-        return hashlib.blake2b(f"{settings} {folder_digest(Path(self.folder))}".encode(), digest_size=16).hexdigest()
+        return text_fingerprint(f"{settings} {folder_fingerprint(self.pretrained.folder)}")
 
     def load(self, groups: ProcessGroupCollection) -> EvaluatedModel:
         """Builds the model and reads its weights. All ranks must call it."""
@@ -121,28 +115,6 @@ def autoregressive(rollout: RolloutConfig) -> RolloutConfig:
     return dataclasses.replace(
         rollout, block_size=1, denoising_steps_per_block=1, logit_shift="next_token", remasking_strategy="sequential"
     )
-
-
-def folder_digest(folder: Path) -> str:
-    """Of the names, sizes and samples of the content of the files that make up a model, in seconds for any size."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and (path.suffix in WEIGHT_FILES or path.name in WEIGHT_FILES):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder)} {size} ".encode())
-            digest.update(_samples(path, size))
-    return digest.hexdigest()
-
-
-def _samples(path: Path, size: int) -> bytes:
-    if size <= SAMPLE_BYTES * NUM_SAMPLES:
-        return path.read_bytes()
-    with path.open("rb") as file:
-        pieces = []
-        for number in range(NUM_SAMPLES):
-            file.seek(number * (size - SAMPLE_BYTES) // (NUM_SAMPLES - 1))
-            pieces.append(file.read(SAMPLE_BYTES))
-    return b"".join(pieces)
 
 
 def _without_fp8(config: Config) -> Config:

@@ -22,12 +22,14 @@ import torch.distributed as dist
 
 from megatron_opdlm.config.schema import Config, RolloutConfig
 from megatron_opdlm.evaluation.answering import Answerer
+from megatron_opdlm.evaluation.benchmarks import runs_code
 from megatron_opdlm.evaluation.evaluated_model import autoregressive, open_evaluated_model
 from megatron_opdlm.evaluation.fingerprint import text_fingerprint
 from megatron_opdlm.evaluation.lm_eval_tasks import build_instances, load_tasks, repeats_of, response_requests
 from megatron_opdlm.evaluation.requests import ROLLOUT_FIELDS, Key, ResponseRequest
 from megatron_opdlm.evaluation.responses import Response, ResponseStore, file_name
 from megatron_opdlm.evaluation.results import headline, write_atomically
+from megatron_opdlm.evaluation.sandbox import check_isolation
 from megatron_opdlm.evaluation.task_scores import efficiency, score_task
 from megatron_opdlm.parallel.initialize import initialize
 
@@ -51,6 +53,8 @@ class TaskEvaluation:
             name: response_requests(self.instances[name], config, repeats_of(task, config))
             for name, task in self.loaded.tasks.items()
         }
+        if any(map(runs_code, self.loaded.tasks)):
+            logger.info("programs of responses run in: %s", check_isolation(self.evaluation.sandbox).describe())
         self.folder = output_folder(config)
         self._fingerprint, self._model = self.opened.fingerprint(), None
         self.groups = initialize(config.parallel, config.training.seed)

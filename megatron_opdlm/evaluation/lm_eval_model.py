@@ -25,6 +25,7 @@ from megatron_opdlm.evaluation.answering import Answerer
 from megatron_opdlm.evaluation.evaluated_model import open_evaluated_model
 from megatron_opdlm.evaluation.requests import ResponseRequest, chat_prompt, decoding_settings
 from megatron_opdlm.evaluation.responses import scored_text
+from megatron_opdlm.evaluation.sandbox import check_isolation
 from megatron_opdlm.parallel.initialize import initialize, rank, world_size
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class MegatronOpdlm(LM):
     ) -> None:
         super().__init__()
         config = config if isinstance(config, Config) else _load(config, settings)
+        if config.evaluation.sandbox == "strict":
+            check_isolation("strict")  # which tasks will be asked is not known yet
         self.config, self.opened = config, open_evaluated_model(config)
         self.tokenizer = self.opened.tokenizer
         groups = initialize(config.parallel, config.training.seed)

@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.evaluation.paper_figures import paper_scores
+from megatron_opdlm.evaluation.benchmarks import paper_scores
 
 HEADLINE = "accuracy"
 """The metric that the paper's scores are compared with, where a task has it; otherwise its first one."""

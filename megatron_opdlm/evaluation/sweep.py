@@ -22,6 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_opdlm.config.schema import RolloutConfig, SweepConfig
+from megatron_opdlm.evaluation.results import write_atomically
 from megatron_opdlm.evaluation.sweep_report import draw_sweep, sweep_table
 
 Score = Callable[[RolloutConfig], dict[str, dict[str, float]]]
@@ -117,12 +118,13 @@ class Sweep:
 
     def _write(self) -> None:
         if dist.get_rank() == 0:
+            self.folder.mkdir(exist_ok=True)
             text = json.dumps({"subject": self.subject, "points": self.points}, indent=1) + "\n"
-            _replace(self.folder / "sweep.json", text)
+            write_atomically(self.folder / "sweep.json", text)
 
     def _report(self) -> None:
         if dist.get_rank() == 0:
-            _replace(self.folder / "sweep.md", sweep_table(self.points, self.subject))
+            write_atomically(self.folder / "sweep.md", sweep_table(self.points, self.subject))
             draw_sweep(self.points, self.folder / "sweep.png")
 
 
@@ -132,11 +134,3 @@ def _place(point: dict) -> tuple[int, float]:
 
 def _common(rollout: dict) -> dict:
     return {name: value for name, value in rollout.items() if name not in SWEPT}
-
-
-def _replace(path: Path, text: str) -> None:
-    """The file is the one before or the one after, never a part."""
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

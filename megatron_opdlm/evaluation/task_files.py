@@ -15,14 +15,13 @@ import dataclasses
 import json
 import logging
 
-from megatron_opdlm.checkpointing.student_and_teacher import build_student, open_student, padded_vocab_size
 from megatron_opdlm.config.schema import Config, DataConfig, RolloutConfig
 from megatron_opdlm.data.prompts import Prompt, read_prompts
+from megatron_opdlm.evaluation.evaluated_model import open_evaluated_model
 from megatron_opdlm.evaluation.fingerprint import folder_fingerprint, text_fingerprint
 from megatron_opdlm.evaluation.scoring import costs, evaluate_student
 from megatron_opdlm.evaluation.verifiable_tasks import load_verifier, read_tasks
 from megatron_opdlm.parallel.initialize import initialize
-from megatron_opdlm.rollout.engine import RolloutEngine
 
 logger = logging.getLogger(__name__)
 
@@ -39,31 +38,27 @@ class StudentOnTaskFiles:
     """
 
     def __init__(self, config: Config, show_progress: bool = False) -> None:
-        self.source = open_student(config.student, config.rollout.stop_token_ids)
+        self.opened = open_evaluated_model(config)
         self.work = {
-            file: read_task_file(file, config.data, config.evaluation.max_tasks, self.source.tokenizer)
+            file: read_task_file(file, config.data, config.evaluation.max_tasks, self.opened.tokenizer)
             for file in config.evaluation.files
         }
         self.groups = initialize(config.parallel, config.training.seed)
-        num_rows = padded_vocab_size(config, self.source.architecture)
-        self.model = build_student(self.source, _without_fp8(config), self.groups, num_rows)
-        self.dtype, self.seed, self.show_progress = config.precision.dtype, config.training.seed, show_progress
+        self.model, self.show_progress = self.opened.load(self.groups), show_progress
 
     def score(self, rollout: RolloutConfig) -> dict[str, dict]:
         """For each file the `scores`, the `rollout` settings they hold for, the `costs` and the `responses`.
 
         `rollout` may have any block size. All ranks must call it and get the same, but for what took time.
         """
-        engine = RolloutEngine(
-            self.model, rollout, self.source.special, self.seed, self.groups, show_progress=self.show_progress
-        )
+        engine = self.model.engine(rollout, show_progress=self.show_progress)
         results = {}
         for file, (tasks, prompts) in self.work.items():
             scores, responses = evaluate_student(
                 engine,
                 tasks,
                 prompts,
-                self.source.tokenizer,
+                self.opened.tokenizer,
                 max_new_tokens=rollout.max_new_tokens,
                 group=self.groups.dp,
             )
@@ -85,12 +80,11 @@ class StudentOnTaskFiles:
             file: f"{len(rows)} ({text_fingerprint(json.dumps([rows, [prompt.token_ids for prompt in prompts]]))})"
             for file, (rows, prompts) in self.work.items()
         }
-        folder = self.source.pretrained.folder
         return {
-            "student": f"{folder} ({folder_fingerprint(folder)})",
-            "mask_token_id": self.source.special.mask_token_id,
-            "dtype": self.dtype,
-            "seed": self.seed,
+            "student": f"{self.opened.folder} ({folder_fingerprint(self.opened.pretrained.folder)})",
+            "mask_token_id": self.opened.special.mask_token_id,
+            "dtype": self.opened.config.precision.dtype,
+            "seed": self.opened.config.training.seed,
             "tasks": tasks,
         }
 
@@ -111,12 +105,3 @@ def read_task_file(file: str, data: DataConfig, max_tasks: int | None, tokenizer
         logger.warning("%s: %d tasks over data.max_prompt_tokens are left out", file, prompt_set.num_too_long)
     prompts = prompt_set.prompts[:max_tasks]
     return [tasks[prompt.prompt_id] for prompt in prompts], prompts
-
-
-def _without_fp8(config: Config) -> Config:
-    """FP8 is for training: decoding runs in `precision.dtype`, also on a machine that has no FP8."""
-    return dataclasses.replace(
-        config,
-        precision=dataclasses.replace(config.precision, fp8="off"),
-        attention=dataclasses.replace(config.attention, fp8=False),
-    )

@@ -16,14 +16,16 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from megatron_opdlm.config.schema import Config
 from megatron_opdlm.evaluation.aggregation import are_right_or_wrong, ks, majority, mean_and_error, pass_at_k
-from megatron_opdlm.evaluation.paper_figures import category_field
+from megatron_opdlm.evaluation.benchmarks import category_field, runs_code
 from megatron_opdlm.evaluation.requests import Key
 from megatron_opdlm.evaluation.responses import Response, scored_text
+from megatron_opdlm.evaluation.sandbox import run_all
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -57,7 +59,9 @@ def score_task(task: Task, instances: list[Instance], responses: Mapping[Key, Re
         for instance in instances
     ]
     samples = [[row[size * s : size * (s + 1)] for row in texts] for s in range(num_samples)]
-    values, answers = _values(task, instances, samples)
+    # Programs are waited for side by side. Other checks may need the main thread, for signals.
+    judge = partial(run_all, num_processes=config.evaluation.code_processes) if runs_code(name) else map
+    values, answers = _values(task, instances, samples, judge)
     aggregate = _aggregation(task)
     scores = {key: _scores(rows, answers.get(key), aggregate(key)) for key, rows in values.items()}
     used = [responses[name, instance.doc_id, repeat] for instance in instances for repeat in range(num_samples * size)]
@@ -92,11 +96,13 @@ def _text(response: Response, instance: Instance, config: Config) -> str:
     return scored_text(response.text, [until] if isinstance(until, str) else until, config.data.enable_thinking)
 
 
-def _values(task: Task, instances: list[Instance], samples: list) -> tuple[dict[str, Values], dict[str, Values]]:
+def _values(
+    task: Task, instances: list[Instance], samples: list, judge: Callable
+) -> tuple[dict[str, Values], dict[str, Values]]:
     """Score and answer of every sample, by the names of the scores."""
     values, answers = defaultdict(list), defaultdict(list)
     for texts in samples:
-        for filtered_by, place, left, metrics in _harness_scores(task, instances, texts):
+        for filtered_by, place, left, metrics in _harness_scores(task, instances, texts, judge):
             found = metrics.pop(ANSWER) if ANSWER in metrics else left
             has_answers = found is not left or (len(texts[place]) == 1 and left != texts[place][0])
             for metric, value in metrics.items():
@@ -111,16 +117,22 @@ def _values(task: Task, instances: list[Instance], samples: list) -> tuple[dict[
     return dict(values), voted
 
 
-def _harness_scores(task: Task, instances: list[Instance], texts: list[list[str]]):
-    """(filter, place of the document, what the filter left, metrics) of each document."""
+def _harness_scores(task: Task, instances: list[Instance], texts: list[list[str]], judge: Callable):
+    """(filter, place of the document, what the filter left, metrics) of each document.
+
+    `judge` is `map` or does the same several at a time.
+    """
     filled = [copy.copy(instance) for instance in instances]
     for instance, row in zip(filled, texts, strict=True):
         instance.resps, instance.filtered_resps = list(row), {}
     for ensemble in task._filters:
         ensemble.apply(filled)
-        for place, instance in enumerate(filled):
-            left = instance.filtered_resps[ensemble.name]
-            yield ensemble.name, place, left, dict(task.process_results(instance.doc, [left]))
+        lefts = [instance.filtered_resps[ensemble.name] for instance in filled]
+        metrics = judge(
+            lambda pair: task.process_results(pair[0].doc, [pair[1]]), list(zip(filled, lefts, strict=True))
+        )
+        for place, (left, found) in enumerate(zip(lefts, metrics, strict=True)):
+            yield ensemble.name, place, left, dict(found)
 
 
 def _put(rows: list[list], place: int, value: Any) -> None:
