@@ -112,7 +112,7 @@ class RolloutEngine:
             logging.DEBUG if self._has_decoded else logging.INFO,  # the size of the cache, once
         )
         self._has_decoded = True
-        with torch.inference_mode():  # beyond no_grad, no operation counts versions of what it writes
+        with torch.inference_mode():  # faster than no_grad: autograd keeps no book of what is written over
             finished = generation.run()
         finished = {places[index]: _for_autograd(trajectory) for index, trajectory in finished.items()}
         self.statistics = generation.statistics
