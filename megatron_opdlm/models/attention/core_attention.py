@@ -4,7 +4,8 @@ Both take Megatron's `[S, B, heads, D]` queries, keys and values after QK-norm a
 Where ranks share sequences, `S` is this rank's part of the positions; in between, it attends to all positions of its
 part of the heads (`parallel.context_link`). The student's input is either two streams stacked in the batch dimension
 (training) or a flat list of tokens that a key-value cache knows how to place (rollout); the same weights, the same
-module. With a cache they come before RoPE, for the cache knows the positions and turns queries and keys itself. The teacher's is rows, or such a list where it decodes: then the cache's blocks are single tokens.
+module. The teacher's is rows, or such a list where it decodes: then the cache's blocks are single tokens. With a cache
+attached, queries and keys come before RoPE: the cache knows the positions and turns them itself.
 """
 
 from __future__ import annotations
