@@ -61,22 +61,23 @@ class Qwen3Model(GPTModel):
         }
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: torch.Tensor | None
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Hidden states `[S, B, H]` of `input_ids [B, S]` at absolute positions `position_ids [S]`.
+
+        The positions are None where a key-value cache is attached, which knows them.
 
         Under sequence parallelism the result is this rank's part along S. All tensor-parallel ranks must call it.
         """
         embedded = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
-        return self.decoder(
-            hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=self._rotary_frequencies(position_ids)
-        )
+        angles = None if position_ids is None else self.rotary_angles(position_ids)[:, None, None]
+        return self.decoder(hidden_states=embedded, attention_mask=attention_mask, rotary_pos_emb=angles)
 
-    def _rotary_frequencies(self, position_ids_S: torch.Tensor) -> torch.Tensor:
-        """Angles `[S, 1, 1, D]`. Positions are explicit because rollout places a block anywhere in a sequence."""
+    def rotary_angles(self, position_ids_S: torch.Tensor) -> torch.Tensor:
+        """Angles `[S, D]`. Positions are explicit because rollout places a block anywhere in a sequence."""
         inverse = self.rotary_pos_emb.inv_freq.to(position_ids_S.device)
         angles = torch.outer(position_ids_S.to(inverse.dtype), inverse)
-        return torch.cat((angles, angles), dim=-1)[:, None, None]
+        return torch.cat((angles, angles), dim=-1)
 
     def whole_sequence(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
         """The hidden states of all positions on every rank; gathers over the tensor-parallel group if they are sharded.

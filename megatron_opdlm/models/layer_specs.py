@@ -10,6 +10,7 @@ parameters of both hold the same numbers, some under other names (`checkpointing
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from megatron.core.models.gpt import gpt_layer_specs
@@ -17,6 +18,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megatron_opdlm.models.linear import ColumnLinear, RowLinear
+from megatron_opdlm.models.residual import AttentionResidual
 from megatron_opdlm.models.rms_norm import RMSNorm
 
 
@@ -36,6 +39,7 @@ def qwen3_block_spec(
     """The layers of this rank's pipeline stage. `core_attention` is called with Megatron's keyword arguments."""
     layer, norm = LAYERS[config.transformer_impl](config.qk_layernorm, config.num_moe_experts)
     layer.submodules.self_attention.submodules.core_attention = core_attention
+    layer.submodules.self_attn_bda = AttentionResidual
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
     )
@@ -50,8 +54,13 @@ def _local_layer(qk_layernorm: bool, num_experts: int | None) -> tuple[ModuleSpe
         # No linear layer follows the norm before a router, so with Transformer Engine too it stands by itself, and the
         # checkpoints of both have it under its own name.
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    attention = layer.submodules.self_attention.submodules
+    attention.linear_qkv, attention.linear_proj = ColumnLinear, RowLinear
+    if num_experts is None:
+        mlp = layer.submodules.mlp  # a spec in Megatron-Core 0.16, a partial function in 0.19
+        submodules = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+        submodules.linear_fc1, submodules.linear_fc2 = ColumnLinear, RowLinear
     if qk_layernorm:
-        attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return layer, RMSNorm
 

@@ -82,7 +82,7 @@ class PipelineModel:
         self,
         chunk: Qwen3Model,
         input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """One chunk's part of a forward: from the chunk before (of another stage), through it, to the one behind."""

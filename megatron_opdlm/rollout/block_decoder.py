@@ -21,6 +21,7 @@ Legend: `A` sequences of a forward, `D` of them that denoise, `K` block, `M` mas
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 
 import torch
 
@@ -48,7 +49,7 @@ DRAWN_TOGETHER = 256
 
 
 class BlockDecoder:
-    """Decodes what its scheduler hands it. Runs under the caller's no_grad, with the cache attached.
+    """Decodes what its scheduler hands it. Runs in the caller's inference mode, with the cache attached.
 
     All ranks of a tensor- and of a pipeline-parallel group must decode the same sequences.
     """
@@ -90,14 +91,14 @@ class BlockDecoder:
 
     def _take_step(self, plan: ForwardPlan) -> Work:
         """One forward; draws and commits for the sequences that denoise in it."""
-        tokens = self._query_tokens(plan)
-        hidden_TH = yield from self._forward(tokens)
-        self.slots.num_cached_B[plan.slots_A] += plan.num_clean_A
-        self._count(plan, tokens)
         slots_D = plan.slots_A[plan.is_denoising_A]
         place_DK = slots_D[:, None], self.slots.positions_of_blocks(slots_D)
         is_masked_DK = self.slots.is_masked_BL[place_DK]
-        hidden_MH = self._predicting_outputs(plan, tokens, hidden_TH, is_masked_DK)
+        tokens = self._query_tokens(plan, is_masked_DK)
+        hidden_NH = yield from self._forward(tokens)
+        self.slots.num_cached_B[plan.slots_A] += plan.num_clean_A
+        self._count(plan, tokens)
+        hidden_MH = self._predicting_outputs(plan, tokens, hidden_NH, is_masked_DK)
         shared = self._draw(hidden_MH, slots_D, is_masked_DK)
         if self.model.link.num_stages > 1:
             yield
@@ -113,36 +114,41 @@ class BlockDecoder:
             return self.graphs.forward(tokens)
         return (yield from cached_forward(self.model, self.cache, self.cache.place(tokens)))
 
-    def _query_tokens(self, plan: ForwardPlan) -> QueryTokens:
+    def _query_tokens(self, plan: ForwardPlan, is_masked_DK: torch.Tensor) -> QueryTokens:
         first_A = self.slots.num_cached_B[plan.slots_A]
         counts_A = plan.num_clean_A + self.rollout.block_size * (plan.is_denoising_A & self.rollout.reads_block)
         sequence_T, positions_T = listed(first_A, counts_A)
         ids_T = self.slots.ids_BL[plan.slots_A[sequence_T], positions_T]
-        return QueryTokens(ids_T, first_A, counts_A, self.scheduler.pool.page_table_BP[plan.slots_A])
+        tokens = QueryTokens(ids_T, first_A, counts_A, self.scheduler.pool.page_table_BP[plan.slots_A])
+        # where the logits are shifted, outputs are read now and kept for later; experts are asked about one at least
+        if self.rollout.logit_shift != "none" or not len(is_masked_DK):
+            return tokens
+        return replace(tokens, read_N=self._places_of_blocks(plan, tokens)[is_masked_DK])
+
+    def _places_of_blocks(self, plan: ForwardPlan, tokens: QueryTokens) -> torch.Tensor:
+        """Where in the list the blocks `[D, K]` are, at the end of their sequences' parts of it."""
+        ends_D = (tokens.starts_A + tokens.counts_A)[plan.is_denoising_A]
+        return ends_D[:, None] - self.rollout.block_size + torch.arange(self.rollout.block_size)
 
     def _predicting_outputs(
         self, plan: ForwardPlan, tokens: QueryTokens, hidden_TH: torch.Tensor | None, is_masked_DK: torch.Tensor
     ) -> torch.Tensor | None:
-        """The outputs `[M, H]` that predict the masked positions, on the last pipeline stage."""
-        if hidden_TH is None:
-            return None
+        """The outputs `[M, H]` that predict the masked positions, on the last pipeline stage, of those read."""
+        if hidden_TH is None or self.rollout.logit_shift == "none":
+            return hidden_TH
         before_DH = self._outputs_before(plan, tokens, hidden_TH)
         if self.rollout.reads_block:
-            ends_D = (tokens.starts_A + tokens.counts_A)[plan.is_denoising_A]
-            places_DK = ends_D[:, None] - self.rollout.block_size + torch.arange(self.rollout.block_size)
-            own_DKH = hidden_TH[to_device(places_DK, hidden_TH.device)]
+            own_DKH = hidden_TH[to_device(self._places_of_blocks(plan, tokens), hidden_TH.device)]
         else:
             own_DKH = before_DH[:, None]
         outputs_NH = predicting_outputs(own_DKH, before_DH, self.rollout.logit_shift).flatten(0, 1)
         return outputs_NH[to_device(is_masked_DK.flatten().nonzero()[:, 0], hidden_TH.device)]
 
-    def _outputs_before(self, plan: ForwardPlan, tokens: QueryTokens, hidden_TH: torch.Tensor) -> torch.Tensor | None:
+    def _outputs_before(self, plan: ForwardPlan, tokens: QueryTokens, hidden_TH: torch.Tensor) -> torch.Tensor:
         """The outputs `[D, H]` at the position before each block, where the logits are shifted.
 
         They are kept, for the later steps of a block do not read that position again.
         """
-        if self.rollout.logit_shift == "none":
-            return None
         if self.output_before_BH is None:
             self.output_before_BH = hidden_TH.new_zeros(len(self.slots.requests), hidden_TH.shape[1])
         is_fresh_A = plan.num_clean_A > 0

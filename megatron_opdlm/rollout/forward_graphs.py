@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_opdlm.models.pipeline import PipelineModel
+from megatron_opdlm.parallel.device import to_device
 from megatron_opdlm.rollout.forward import cached_forward
 from megatron_opdlm.rollout.kv_cache import KeyValueCache, PagedAttention, PlacedTokens, QueryTokens
 
@@ -93,7 +94,14 @@ class ForwardGraphs:
         return len(tokens.ids_T) <= self._most_blocks * self._block_size
 
     def forward(self, tokens: QueryTokens) -> torch.Tensor:
-        """Hidden states `[T, H]`, as `cached_forward` returns them; the next forward may overwrite them."""
+        """Hidden states `[N, H]`, as `cached_forward` returns them; the next forward may overwrite them.
+
+        How many outputs are read is not in the shapes of a graph, so every token goes through the whole last layer.
+        """
+        hidden_TH = self._hidden_of_all(tokens)
+        return hidden_TH if tokens.read_N is None else hidden_TH[to_device(tokens.read_N, hidden_TH.device)]
+
+    def _hidden_of_all(self, tokens: QueryTokens) -> torch.Tensor:
         num_tokens = len(tokens.ids_T)
         num_blocks = filled_up(num_tokens // self._block_size)
         placed = self._cache.place(with_empty_blocks(tokens, num_blocks, self._block_size))
@@ -135,7 +143,7 @@ def filled_up(num_blocks: int) -> int:
 
 
 def with_empty_blocks(tokens: QueryTokens, num_blocks: int, block_size: int) -> QueryTokens:
-    """The list with as many blocks, the added ones in page 0, which belongs to nobody."""
+    """The list with as many blocks, all of them read, the added ones in page 0, which belongs to nobody."""
     num_tokens = num_blocks * block_size
     num_added = num_blocks - len(tokens.ids_T) // block_size
     assert len(tokens.ids_T) % block_size == 0, "a forward reads whole blocks"

@@ -27,6 +27,7 @@ import torch
 
 from megatron_opdlm.models.attention.core_attention import CoreAttention
 from megatron_opdlm.models.pipeline import PipelineModel
+from megatron_opdlm.models.rotary import Rotation
 from megatron_opdlm.parallel.device import to_device
 
 Layout = TypeVar("Layout")
@@ -48,6 +49,8 @@ class QueryTokens:
     """Tokens of each sequence here, whole blocks."""
     page_table_AP: torch.Tensor
     """The pages that each sequence owns, in the order of its positions."""
+    read_N: torch.Tensor | None = None
+    """Which tokens of the list have an output that somebody reads; None: all of them."""
 
     @property
     def starts_A(self) -> torch.Tensor:
@@ -104,6 +107,8 @@ class PlacedTokens(Generic[Layout]):
     addresses_T: torch.Tensor
     """Where their keys and values go, in tokens from the beginning of the cache."""
     layout: Layout
+    read_N: torch.Tensor | None = None
+    """As in `QueryTokens`."""
 
 
 class KeyValueCache:
@@ -118,6 +123,9 @@ class KeyValueCache:
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
         self._placed: PlacedTokens | None = None
+        self._rotation: Rotation | None = None
+        self.last_layer: int | None = None
+        """The number of the layer whose outputs are the model's; None while no model is attached."""
 
     def place(self, tokens: QueryTokens) -> PlacedTokens:
         """Works out where the tokens go and what each may attend to."""
@@ -125,25 +133,34 @@ class KeyValueCache:
         pages_T = tokens.page_table_AP[sequence_T, positions_T // self.page_size]
         addresses_T = pages_T * self.page_size + positions_T % self.page_size
         on_device = (to_device(tensor, self.device) for tensor in (tokens.ids_T, positions_T, addresses_T))
-        return PlacedTokens(*on_device, layout=self.attention.lay_out(tokens))
+        read_N = None if tokens.read_N is None else to_device(tokens.read_N, self.device)
+        return PlacedTokens(*on_device, layout=self.attention.lay_out(tokens), read_N=read_N)
 
-    def begin_forward(self, placed: PlacedTokens) -> None:
-        """The layers that follow read these tokens."""
-        self._placed = placed
+    def begin_forward(self, placed: PlacedTokens, rotation: Rotation) -> None:
+        """The layers that follow read these tokens, whose queries and keys turn as their positions say."""
+        self._placed, self._rotation = placed, rotation
 
     def attend(
         self, layer_number: int, query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Stores keys and values at their tokens' places, attends to everything visible: `[T, N, D]`.
+        """Turns queries and keys, stores keys and values at their tokens' places, attends to everything visible.
 
-        Tokens beyond those of `begin_forward` are padding of the sequence-parallel shards; they get zeros.
+        `[T, N, D]`; in the last layer the rows that are read. Tokens beyond those of `begin_forward` are padding of the
+        sequence-parallel shards; they get zeros.
         """
         num_tokens = len(self._placed.ids_T)
-        keys = self._store(layer_number, self._keys, key_TGD[:num_tokens])
+        turned_TND, turned_TGD = self._rotation.of(query_TND[:num_tokens], key_TGD[:num_tokens])
+        keys = self._store(layer_number, self._keys, turned_TGD)
         values = self._store(layer_number, self._values, value_TGD[:num_tokens])
-        out = self.attention.attend(self._placed.layout, query_TND[:num_tokens], keys, values, scale)
+        out = self.attention.attend(self._placed.layout, turned_TND, keys, values, scale)
+        if layer_number == self.last_layer:
+            out = self.outputs_read(out)
         padding = len(query_TND) - num_tokens
         return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
+
+    def outputs_read(self, rows_T: torch.Tensor) -> torch.Tensor:
+        """Of a tensor with a row for each token, the rows of tokens whose outputs are read."""
+        return rows_T if self._placed.read_N is None else rows_T.index_select(0, self._placed.read_N)
 
     def _store(self, layer_number: int, memory: dict[int, torch.Tensor], fresh_TGD: torch.Tensor) -> torch.Tensor:
         """Writes the fresh entries and returns the pages of the layer."""
@@ -155,13 +172,16 @@ class KeyValueCache:
 
 @contextmanager
 def attached(model: PipelineModel, cache: KeyValueCache) -> Iterator[None]:
-    """While it lasts, the model's core attention decodes against `cache`."""
+    """While it lasts, the model's core attention decodes against `cache`, and its last layer does what is read."""
     cores = [module for module in model.modules() if isinstance(module, CoreAttention)]
     assert cores, "no attention to attach a cache to"
-    for core in cores:
-        core.cache = cache
+    if model.is_last_stage:
+        cores.append(model.chunks[-1].decoder.layers[-1].self_attn_bda)
+    cache.last_layer = model.config.num_layers
+    for part in cores:
+        part.cache = cache
     try:
         yield
     finally:
-        for core in cores:
-            core.cache = None
+        for part in cores:
+            part.cache = None

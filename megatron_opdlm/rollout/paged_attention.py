@@ -38,8 +38,8 @@ _SHORTEST_KEYS = 64
 class Call:
     """What shares one call of the kernel."""
 
-    queries_AW: torch.Tensor
-    """Where in the list of tokens the queries are."""
+    queries: torch.Tensor
+    """Where in the list of tokens the queries are: W of each sequence, one behind the other."""
     pages: torch.Tensor | slice
     """Each sequence's pages, `[A, P]`; or a slice of the cache, if it has one page of each, in their order."""
     num_keys: int
@@ -85,17 +85,21 @@ class SdpaPagedAttention:
         for call in layout:
             keys, values = (self._keys(pages, call) for pages in (key_pages, value_pages))
             # The heads that share keys become further queries: with a mask, kernels for grouped heads are few and slow.
-            grouped = query_TND[call.queries_AW].unflatten(2, (keys.shape[1], -1)).permute(0, 2, 3, 1, 4)
+            chosen = query_TND.index_select(0, call.queries).unflatten(0, (len(keys), -1))
+            grouped = chosen.unflatten(2, (keys.shape[1], -1)).permute(0, 2, 3, 1, 4)
             attended = F.scaled_dot_product_attention(
                 grouped.flatten(2, 3), keys, values, attn_mask=call.mask, scale=scale
             )
-            out_TND[call.queries_AW] = attended.view(grouped.shape).permute(0, 3, 1, 2, 4).flatten(2, 3)
+            attended = attended.view(grouped.shape).permute(0, 3, 1, 2, 4)
+            out_TND.index_copy_(0, call.queries, attended.reshape(len(call.queries), *out_TND.shape[1:]))
         return out_TND
 
     def _keys(self, pages: torch.Tensor, call: Call) -> torch.Tensor:
         """`[A, G, E, D]` of a call."""
-        chosen = pages[call.pages]
-        whole = chosen if isinstance(call.pages, slice) else chosen.flatten(1, 2)
+        if isinstance(call.pages, slice):
+            whole = pages[call.pages]
+        else:  # on the CPU far faster than an index of two dimensions
+            whole = pages.index_select(0, call.pages.flatten()).unflatten(0, call.pages.shape).flatten(1, 2)
         return whole[:, : call.num_keys].transpose(1, 2)
 
     def _calls(self, tokens: QueryTokens) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
@@ -130,7 +134,7 @@ class SdpaPagedAttention:
         )
         self._count(first_A, end_A, width, num_keys)
         return Call(
-            queries_AW=to_device(place_AW, self.device),
+            queries=to_device(place_AW.flatten(), self.device),
             pages=slice(first_page, first_page + num_sequences) if is_slice else to_device(table_AP, self.device),
             num_keys=num_keys,
             mask=self._mask(first_A, end_A, width, num_keys),

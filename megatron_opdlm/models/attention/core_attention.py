@@ -4,7 +4,8 @@ Both take Megatron's `[S, B, heads, D]` queries, keys and values after QK-norm a
 Where ranks share sequences, `S` is this rank's part of the positions; in between, it attends to all positions of its
 part of the heads (`parallel.context_link`). The student's input is either two streams stacked in the batch dimension
 (training) or a flat list of tokens that a key-value cache knows how to place (rollout); the same weights, the same
-module. The teacher's is rows, or such a list where it decodes: then the cache's blocks are single tokens.
+module. The teacher's is rows, or such a list where it decodes: then the cache's blocks are single tokens. With a cache
+attached, queries and keys come before RoPE: the cache knows the positions and turns them itself.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ class KeyValueCache(Protocol):
     def attend(
         self, layer_number: int, query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Stores the keys and values, attends to everything visible, returns `[T, N, D]`."""
+        """Applies RoPE, stores the keys and values, attends to everything visible.
+
+        Returns `[T, N, D]`, or in the model's last layer the rows of tokens whose outputs are read.
+        """
         ...
 
 
@@ -52,7 +56,7 @@ class CoreAttention(MegatronModule):
         self.cache: KeyValueCache | None = None
 
     def attend_to_cache(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """`[T, 1, heads, D]` -> `[T, 1, heads * D]`, with a cache attached."""
+        """`[T, 1, heads, D]` -> `[T, 1, heads * D]`, or the rows that the cache returns, with a cache attached."""
         return self.cache.attend(self.layer_number, query[:, 0], key[:, 0], value[:, 0], self.scale).flatten(1)[:, None]
 
 
