@@ -49,7 +49,7 @@ DRAWN_TOGETHER = 256
 
 
 class BlockDecoder:
-    """Decodes what its scheduler hands it. Runs in the caller's inference mode, with the cache attached.
+    """Decodes what its scheduler hands it. Runs in the caller's no_grad, with the cache attached.
 
     All ranks of a tensor- and of a pipeline-parallel group must decode the same sequences.
     """

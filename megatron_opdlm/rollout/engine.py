@@ -121,9 +121,8 @@ class RolloutEngine:
             on_finished and (lambda index, trajectory: on_finished(places[index], trajectory)),
         )
         self._has_decoded = True
-        with torch.inference_mode():  # faster than no_grad: autograd keeps no book of what is written over
-            finished = generation.run()
-        finished = {places[index]: _for_autograd(trajectory) for index, trajectory in finished.items()}
+        # Not in inference mode: the buffers that Megatron keeps for all its forwards may be made in this one.
+        finished = {places[index]: trajectory for index, trajectory in generation.run().items()}
         self.statistics = generation.statistics
         return dict(sorted(self._bring_home(finished).items()))
 
@@ -152,9 +151,3 @@ class RolloutEngine:
         received = exchange(parcels, self._group)
         self.statistics.idle_seconds = time.perf_counter() - done
         return {index: trajectory for parcel in received for index, trajectory in parcel.items()}
-
-
-def _for_autograd(trajectory: Trajectory) -> Trajectory:
-    """The same in copies that training may save for a backward pass, as it may not what inference mode has made."""
-    tensors = {name: value.clone() for name, value in vars(trajectory).items() if isinstance(value, torch.Tensor)}
-    return replace(trajectory, **tensors)

@@ -45,7 +45,7 @@ SLOTS_PER_TASK_IN_STOCK = 8
 
 
 class Generation:
-    """What lives as long as a rollout. Runs in the caller's inference mode.
+    """What lives as long as a rollout. Runs in the caller's no_grad.
 
     All ranks of a tensor- and of a pipeline-parallel group need the same requests, and those of the queue's group too.
     """
