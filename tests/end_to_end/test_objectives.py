@@ -141,7 +141,10 @@ def test_a_mixture_keeps_what_the_student_would_have_written_and_the_order_of_th
     assert 0 < num_given < len(mixed)
     assert trainer.objective.rollout_metrics().values()["rollout/off_policy_fraction"] == num_given / len(mixed)
     for trajectory, expected in zip(mixed, own, strict=True):
-        assert trajectory.is_given or trajectory.to_json() == expected.to_json()
+        if not trajectory.is_given:  # other company rounds log-probabilities otherwise, and changes no token
+            assert torch.equal(trajectory.terminal_ids_T, expected.terminal_ids_T)
+            assert torch.equal(trajectory.step_map_R, expected.step_map_R)
+            assert (trajectory.log_probs_R - expected.log_probs_R).abs().max() <= 1e-5
     with layout(trainer.config.parallel):
         again = mixed_trajectories(root, "mixed later", {"off_policy_fraction": 0.5}, step=1)[2]
     assert [t.is_given for t in again] != [t.is_given for t in mixed], "drawn anew in every step"
