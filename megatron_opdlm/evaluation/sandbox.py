@@ -228,8 +228,9 @@ def _job(limits: Limits, layers: Isolation) -> str:
 
 
 def _package_folders() -> list[str]:
-    """Where this interpreter finds installed packages."""
-    return [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
+    """Where this interpreter finds installed packages; links do not lead out of the sandbox, so without any."""
+    folders = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
+    return [os.path.realpath(path) for path in folders]
 
 
 @functools.cache

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_opdlm.evaluation import sandbox
@@ -117,3 +119,13 @@ def test_without_namespaces_and_filter_nothing_runs(refusing):
     refusing("namespaces", "seccomp")
     with pytest.raises(ValueError, match="none is run: no namespaces here; no seccomp here"):
         run_program("print(1)")
+
+
+def test_packages_behind_a_link_are_found(way, tmp_path, monkeypatch):
+    folder = Path(psutil.__file__).parents[1].resolve()
+    link = tmp_path / "site-packages"
+    link.symlink_to(folder)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != folder] + [str(link)])
+    sandbox._visible_paths.cache_clear()
+    assert run_program("import psutil").verdict == "ok"
+    sandbox._visible_paths.cache_clear()
