@@ -74,9 +74,12 @@ def main() -> None:
         except OSError as error:
             status.write(refused=str(error))
             return
+    # The child sees by its end of a pipe whether this process is still there; in a world of its own it has no parent.
+    childs_end, own_end = os.pipe()
     child = os.fork()
     if child == 0:
-        _die_with(0 if job["namespaces"] else os.getppid())
+        os.close(own_end)
+        _die_with_the_writer_of(childs_end)
         (_be_process_one if job["namespaces"] else _become)(job, program, status)
     _keep_time(child, job, status)
 
@@ -86,6 +89,14 @@ def _die_with(parent: int) -> None:
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _die_with_the_writer_of(pipe: int) -> None:
+    """As `_die_with`, for a child that its parent has just forked, which alone can write to the pipe."""
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if select.select([pipe], [], [], 0)[0]:
+        os._exit(1)
+    os.close(pipe)
 
 
 def _keep_time(child: int, job: dict, status: Status) -> None:
