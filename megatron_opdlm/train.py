@@ -28,12 +28,15 @@ def _train(config: Config) -> None:
     from megatron_opdlm.config.check import check_config
     from megatron_opdlm.observability.logging import set_up_logging
     from megatron_opdlm.parallel.initialize import shut_down, world_size
+    from megatron_opdlm.training.interruption import EXIT_CODE
     from megatron_opdlm.training.trainer import Trainer
 
     check_config(config, world_size())
     set_up_logging()
-    Trainer(config).run()
+    is_done = Trainer(config).run()
     shut_down()
+    if not is_done:
+        sys.exit(EXIT_CODE)
 
 
 if __name__ == "__main__":

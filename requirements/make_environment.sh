@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced from the repository root. Afterwards `python` and `torchrun` are those of an environment that has what the
 # list of the lane names, and that is made or brought up to date if need be:
 #

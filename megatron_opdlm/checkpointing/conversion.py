@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from megatron_opdlm.checkpointing.adapters import checkpoint_reader, merged_reader
 from megatron_opdlm.checkpointing.distributed import METADATA, save_checkpoint
-from megatron_opdlm.checkpointing.folders import ASSETS, PARTIAL, check_complete, newest_checkpoint
-from megatron_opdlm.checkpointing.hf_folder import copy_assets, write_safetensors
+from megatron_opdlm.checkpointing.folders import ASSETS, PARTIAL, newest_checkpoint
+from megatron_opdlm.checkpointing.hf_folder import SHARD_BYTES, copy_assets, write_safetensors
 from megatron_opdlm.checkpointing.hf_qwen3 import hf_tensors
+from megatron_opdlm.checkpointing.manifest import check_complete
 from megatron_opdlm.checkpointing.pretrained import open_pretrained
 from megatron_opdlm.checkpointing.student_and_teacher import check_autoregressive, open_student
 from megatron_opdlm.config.check import check_layout
@@ -30,6 +31,8 @@ from megatron_opdlm.parallel.initialize import initialize, world_size
 
 logger = logging.getLogger(__name__)
 
+NamedTensors = Iterator[tuple[str, torch.Tensor]]
+
 
 def hf_to_megatron(
     hf: str, output: Path, *, role: str, dtype: str | None, mask_token: str, tensor_model_parallel_size: int = 1
@@ -39,7 +42,7 @@ def hf_to_megatron(
     Raises:
         ValueError: the output exists, or the folder is not a model of a supported family with all its tensors.
     """
-    _check_absent(output)
+    check_absent(output)
     parallel = ParallelConfig(
         tensor_model_parallel_size=tensor_model_parallel_size,
         sequence_parallel=tensor_model_parallel_size > 1,  # leaves no trace in the weights; mixtures ask for it
@@ -77,21 +80,36 @@ def megatron_to_hf(checkpoint: Path, output: Path, *, dtype: str | None) -> None
         ValueError: the output exists, the checkpoint is missing, incomplete or damaged, or the model that its adapters
             belong to is.
     """
-    _check_absent(output)
+    check_absent(output)
     folder = newest_checkpoint(checkpoint) or checkpoint
-    check_complete(folder)
+    check_complete(folder, "hashes")
     partial = output.with_name(output.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
-    copy_assets(folder / ASSETS, partial)
-    tensors = _streamed(folder, DTYPES[dtype] if dtype else None)
-    first_name, first = next(tensors)
-    write_safetensors(partial, _chain((first_name, first), tensors))
-    _record_dtype(partial, first.dtype)
+    write_hf_folder(folder, partial, dtype=dtype)
     partial.rename(output)
     logger.info("wrote %s", output)
 
 
-def _streamed(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
+def write_hf_folder(
+    folder: Path,
+    destination: Path,
+    *,
+    dtype: str | None,
+    max_shard_bytes: int = SHARD_BYTES,
+    through: Callable[[NamedTensors], NamedTensors] = lambda tensors: tensors,
+) -> None:
+    """Fills `destination` with the assets and weights of the whole checkpoint `folder`.
+
+    `through` gets the tensors on their way to the files, and may look at them or add some.
+    """
+    copy_assets(folder / ASSETS, destination)
+    tensors = through(_streamed(folder, DTYPES[dtype] if dtype else None))
+    first_name, first = next(tensors)
+    write_safetensors(destination, _chain((first_name, first), tensors), max_shard_bytes)
+    _record_dtype(destination, first.dtype)
+
+
+def _streamed(folder: Path, dtype: torch.dtype | None) -> NamedTensors:
     """Hugging Face tensors read one Megatron tensor at a time."""
     architecture = open_pretrained(str(folder), "--checkpoint").architecture
 
@@ -101,7 +119,7 @@ def _streamed(folder: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, to
         yield name, tensor.to(dtype or tensor.dtype)
 
 
-def _chain(first: tuple[str, torch.Tensor], rest: Iterator) -> Iterator[tuple[str, torch.Tensor]]:
+def _chain(first: tuple[str, torch.Tensor], rest: Iterator) -> NamedTensors:
     yield first
     yield from rest
 
@@ -119,6 +137,7 @@ def _megatron_dtype(stored: str) -> str:
     return stored if stored in ("bfloat16", "float32") else "float32"
 
 
-def _check_absent(output: Path) -> None:
+def check_absent(output: Path) -> None:
+    """ValueError if the folder to write is there."""
     if output.exists():
         raise ValueError(f"--output ({output}) exists already; name a folder that does not")

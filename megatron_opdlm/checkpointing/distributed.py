@@ -9,10 +9,10 @@ its `config.yaml`, and the manifest that makes it whole (see `folders`).
     with BackgroundSaves() as saves:
         saves.save(folder, state, write_assets)      # returns as soon as the state is copied; training goes on
 
-Megatron-Core makes the shards and PyTorch's `FileSystemWriter` writes them, in threads of this process. Megatron-Core's
-own writer forks the training process: the writers of a killed run go on writing into the folder that its successor
-fills, a save whose writer was killed is waited for without end, and what it takes to save in the background differs
-between releases (0.16 forks, 0.19 asks for another package).
+Megatron-Core makes the shards and PyTorch's writer writes them (see `writer`), in threads of this process.
+Megatron-Core's own writer forks the training process: the writers of a killed run go on writing into the folder that
+its successor fills, a save whose writer was killed is waited for without end, and what it takes to save in the
+background differs between releases (0.16 forks, 0.19 asks for another package).
 
 Up to 0.18 Megatron-Core puts the small values into a file of their own, from 0.19 on among the shards. 0.19 reads both.
 """
@@ -20,7 +20,9 @@ Up to 0.18 Megatron-Core puts the small values into a file of their own, from 0.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import logging
+import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -40,12 +42,15 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from packaging.version import Version
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter, LoadPlan
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_opdlm.checkpointing.folders import begin_folder, check_complete, partial_folder, publish
+from megatron_opdlm.checkpointing.folders import PARTIAL, begin_folder, partial_folder
+from megatron_opdlm.checkpointing.harmless import check_harmless
+from megatron_opdlm.checkpointing.manifest import check_complete
+from megatron_opdlm.checkpointing.writer import PublishingWriter
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +60,6 @@ METADATA = {
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
-NUM_WRITERS = 2
-"""Threads, and files, of a rank."""
 SMALL_VALUES = "common.pt"
 """Where Megatron-Core up to 0.18 puts what is no tensor."""
 
@@ -67,6 +70,7 @@ def save_checkpoint(
     """Writes `state` (sharded tensors and small common values) to `folder`. All ranks must call it.
 
     `write_assets(folder)` runs on rank 0 and adds files of its own; `on_published()` runs there when all is in place.
+    ValueError on all ranks if it cannot be written, with the reason; then there is nothing of it.
     """
     _prepare(folder, state, write_assets, on_published, copy=False).write(group=None)
 
@@ -79,8 +83,9 @@ class BackgroundSaves:
     then. What is killed before that leaves a `.partial` folder, never half a checkpoint.
     """
 
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo")
+    def __init__(self, timeout: datetime.timedelta | None = None) -> None:
+        """`timeout` is how long a rank's writing waits for that of the others, by default 30 minutes."""
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
 
@@ -100,10 +105,17 @@ class BackgroundSaves:
         self._pending = self._thread.submit(prepared.write, self._group)
 
     def wait(self) -> None:
-        """Returns when the checkpoint of the last `save` is in place. CheckpointException if it was not written."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        """Returns when the checkpoint of the last `save` is in place. ValueError if it was not written."""
+        try:
+            if self._pending is not None:
+                self._pending.result()
+        finally:
+            self._pending = None
+
+    def sign_of_life(self) -> float | None:
+        """Changes for as long as a save is under way: it ends by itself, in success or by the group's timeout."""
+        pending = self._pending
+        return None if pending is None or pending.done() else time.monotonic()
 
     def __enter__(self) -> BackgroundSaves:
         return self
@@ -127,25 +139,13 @@ class _Prepared:
         """Writes the tensors and publishes the folder. All ranks of the group must call it."""
         started = time.perf_counter()
         planner = MCoreSavePlanner(flatten_state_dict=False)
-        writer = _PublishingWriter(self.partial, self.on_published)
-        torch.distributed.checkpoint.save(self.tensors, storage_writer=writer, planner=planner, process_group=group)
+        writer = PublishingWriter(self.partial, self.on_published)
+        try:
+            torch.distributed.checkpoint.save(self.tensors, storage_writer=writer, planner=planner, process_group=group)
+        except CheckpointException as error:
+            rank, (reason, _) = next(iter(error.failures.items()))
+            raise _failure(self.partial, f"rank {rank}: {reason}") from error
         logger.info("wrote %s in %.1f s", self.partial.stem, time.perf_counter() - started)
-
-
-class _PublishingWriter(FileSystemWriter):
-    """Publishes the folder where PyTorch writes the index, which is after the last file of the slowest rank.
-
-    PyTorch calls `finish` on the first rank only, with the others waiting, and raises on all of them what it raises.
-    """
-
-    def __init__(self, partial: Path, on_published: Callable[[], None]) -> None:
-        super().__init__(partial, thread_count=NUM_WRITERS)
-        self.partial, self.on_published = partial, on_published
-
-    def finish(self, metadata: Metadata, results: list) -> None:
-        super().finish(metadata, results)
-        publish(self.partial)
-        self.on_published()
 
 
 class _Capture(TorchDistSaveShardedStrategy):
@@ -169,31 +169,81 @@ def _prepare(
     folder: Path, state: dict, write_assets: Callable[[Path], None], on_published: Callable[[], None], *, copy: bool
 ) -> _Prepared:
     partial = partial_folder(folder)
-    if dist.get_rank() == 0:
-        begin_folder(folder)
-    dist.barrier()
-    capture = _Capture(copy)
-    with _quiet():
-        dist_checkpointing.save(state, str(partial), capture, content_metadata=METADATA)
-    if dist.get_rank() == 0:
-        write_assets(partial)
+    _on_first_rank(lambda: begin_folder(folder), partial)
+    capture, reason = _Capture(copy), None
+    try:
+        with _quiet():
+            dist_checkpointing.save(state, str(partial), capture, content_metadata=METADATA)
+    except (OSError, RuntimeError) as error:  # which of them `torch.save` raises depends on where the disk was full
+        if dist.get_rank() != 0:
+            raise
+        reason = str(error)
+        dist.barrier()  # the others wait in it, at the end of Megatron-Core's `save`; rank 0 alone writes there
+    _tell_of_failure(reason, partial)
+    _on_first_rank(lambda: write_assets(partial), partial)
     return _Prepared(partial, capture.tensors, on_published)
+
+
+def _on_first_rank(write: Callable[[], object], partial: Path) -> None:
+    """Lets rank 0 write while the others wait. All ranks must call it, and all raise ValueError if it cannot."""
+    reason = None
+    if dist.get_rank() == 0:
+        try:
+            write()
+        except OSError as error:
+            reason = str(error)
+    _tell_of_failure(reason, partial)
+
+
+def _tell_of_failure(reason: str | None, partial: Path) -> None:
+    """ValueError on all ranks if rank 0 has a reason. All ranks must call it."""
+    told = [reason]
+    dist.broadcast_object_list(told, src=0)
+    if told[0] is not None:
+        raise _failure(partial, told[0])
+
+
+def _failure(partial: Path, reason: str) -> ValueError:
+    """What to raise where a checkpoint could not be written. What there is of it goes: the disk may be full."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    folder = partial.with_name(partial.name.removesuffix(PARTIAL))
+    return ValueError(f"checkpoint {folder} could not be written: {reason}; those before it are as they were")
 
 
 def load_checkpoint(folder: Path, state: dict) -> dict:
     """The values that `state` describes, read from `folder`. All ranks must call it.
 
-    ValueError if it is damaged, written by a Megatron-Core too new for the one installed, or holds other tensors than
-    `state` asks for.
+    ValueError if it is damaged, pickles more than data (`harmless`), was written by a Megatron-Core too new for the one
+    installed, or holds other tensors than `state` asks for.
     """
-    check_complete(folder)
-    _check_readable(folder)
+    agree(lambda: _check_sound(folder))
     try:
         with _quiet():
             return dist_checkpointing.load(state, str(folder))
     except (CheckpointException, CheckpointingException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"checkpoint {folder} is damaged or of another model: {reason}") from error
+
+
+def agree(check: Callable[[], None]) -> None:
+    """Lets every rank check something: ValueError on all of them if one raises it. All ranks must call it."""
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    reason = None
+    try:
+        check()
+    except ValueError as error:
+        reason = str(error)
+    dist.all_gather_object(reasons, reason)
+    for rank, found in enumerate(reasons):
+        if found is not None:
+            raise ValueError(found if len(reasons) == 1 else f"rank {rank}: {found}")
+
+
+def _check_sound(folder: Path) -> None:
+    check_complete(folder)
+    check_harmless(folder)
+    _check_readable(folder)
 
 
 def _check_readable(folder: Path) -> None:

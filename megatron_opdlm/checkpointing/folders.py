@@ -1,7 +1,7 @@
 """Checkpoint folders that are either whole or not there: their names, their manifest, and which of them are kept.
 
 A folder is filled under another name and renamed when everything is in place, so what an interrupted run left behind
-is never taken for a checkpoint. Its `manifest.json` has the size of every file, which finds what was cut off later.
+is never taken for a checkpoint. Its manifest (see `manifest`) finds what was cut off or changed later.
 
     partial = begin_folder(step_folder(directory, 50))       # .../step_00000050.partial
     ...                                                      # write into it
@@ -12,15 +12,17 @@ is never taken for a checkpoint. Its `manifest.json` has the size of every file,
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from megatron_opdlm.checkpointing.manifest import FileRecord, check_complete, sync, write_manifest
+from megatron_opdlm.config.schema import Verification
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 ASSETS = "hf"
 PARTIAL = ".partial"
 BEST = "best"
@@ -45,41 +47,37 @@ def begin_folder(folder: Path) -> Path:
     return partial
 
 
-def publish(partial: Path) -> None:
-    """Lists the files of a filled folder in its manifest and gives it its name, in place of one that has it already."""
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
-    (partial / MANIFEST).write_text(json.dumps({"sizes": sizes}, indent=2))
+def publish(partial: Path, written: Mapping[str, FileRecord] | None = None) -> None:
+    """Lists the files of a filled folder in its manifest and gives it its name, in place of one that has it already.
+
+    `written` are records of files made while they were written. OSError if the disk does not hold what was written.
+    """
+    write_manifest(partial, written or {})
     folder = partial.with_name(partial.name.removesuffix(PARTIAL))
     if folder.exists():
         _remove(folder)
     partial.rename(folder)
+    sync(folder.parent)
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder is a Megatron checkpoint of ours (as against a Hugging Face folder)."""
-    return (folder / MANIFEST).is_file()
+def newest_checkpoint(directory: Path, verify: Verification = "sizes") -> Path | None:
+    """The newest whole checkpoint of a run; what is newer and not whole is passed over with a warning that says why."""
+    return first_sound(checkpoints(directory), lambda folder: check_complete(folder, verify))
 
 
-def check_complete(folder: Path) -> None:
-    """ValueError naming the first file that is missing or has not the size it was written with."""
-    if not is_checkpoint(folder):
-        raise ValueError(f"{folder} is not a Megatron checkpoint: it has no {MANIFEST}")
-    for name, size in _sizes(folder).items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"checkpoint {folder} is incomplete: {name} is missing")
-        if path.stat().st_size != size:
-            raise ValueError(
-                f"checkpoint {folder} is damaged: {name} has {path.stat().st_size} bytes instead of {size}"
-            )
+def checkpoints(directory: Path) -> list[Path]:
+    """Those of a run, damaged ones too, the newest first; with a warning about each that is not finished."""
+    for partial in sorted(directory.glob(f"step_*[0-9]{PARTIAL}")):
+        if not partial.with_name(partial.name.removesuffix(PARTIAL)).exists():
+            logger.warning("%s is not finished and is passed over", partial)
+    return _step_folders(directory)[::-1]
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest whole checkpoint of a run; damaged ones are passed over with a warning that says why."""
-    for folder in reversed(_step_folders(directory)):
+def first_sound(folders: list[Path], check: Callable[[Path], None]) -> Path | None:
+    """The first of which `check` raises no ValueError; what that says of those before is a warning."""
+    for folder in folders:
         try:
-            check_complete(folder)
+            check(folder)
         except ValueError as error:
             logger.warning("%s; falling back to the checkpoint before it", error)
         else:
@@ -100,16 +98,19 @@ def point_to_best(directory: Path, step: int) -> None:
 def remove_old_checkpoints(directory: Path, keep: int) -> None:
     """Deletes all but the `keep` newest whole checkpoints of a run, and what interrupted saves left. 0 keeps all.
 
-    The one that `best` points to stays. A damaged checkpoint counts for nothing and is left for people to look at. Not
-    while a checkpoint is being written.
+    The one that `best` points to stays. A damaged checkpoint counts for nothing and is left for people to look at. What
+    cannot be deleted is left with a warning. Not while a checkpoint is being written.
     """
-    if keep:
-        best = directory / BEST
-        for folder in [folder for folder in _step_folders(directory) if is_whole(folder)][:-keep]:
-            if not (best.is_symlink() and best.readlink().name == folder.name):
-                _remove(folder)
-    for partial in directory.glob(f"step_*{PARTIAL}"):
-        shutil.rmtree(partial)
+    best = directory / BEST
+    try:
+        if keep:
+            for folder in [folder for folder in _step_folders(directory) if is_whole(folder)][:-keep]:
+                if not (best.is_symlink() and best.readlink().name == folder.name):
+                    _remove(folder)
+        for partial in directory.glob(f"step_*{PARTIAL}"):
+            shutil.rmtree(partial)
+    except OSError as error:
+        logger.warning("an old checkpoint stays: %s", error)
 
 
 def _remove(folder: Path) -> None:
@@ -118,13 +119,6 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(leaving, ignore_errors=True)
     folder.rename(leaving)
     shutil.rmtree(leaving)
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    try:
-        return json.loads((folder / MANIFEST).read_text())["sizes"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
 
 
 def is_whole(folder: Path) -> bool:

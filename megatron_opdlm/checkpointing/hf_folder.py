@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_opdlm.checkpointing.harmless import file_inside
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -29,6 +31,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 ASSET_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+SHARD_BYTES = 5 << 30
+"""Of one file of weights, at most."""
 
 
 class SafetensorsReader:
@@ -60,7 +64,7 @@ class SafetensorsReader:
 
     def _file(self, file_name: str) -> safe_open:
         if file_name not in self._open:
-            path = self.folder / file_name
+            path = file_inside(self.folder, file_name)
             if not path.is_file():
                 raise ValueError(f"{self.folder} lacks {file_name}, which holds some of its weights")
             try:
@@ -73,18 +77,25 @@ class SafetensorsReader:
         """Tensor name -> file name."""
         index = self.folder / INDEX_FILE
         if index.is_file():
-            try:
-                return dict(json.loads(index.read_text())["weight_map"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{index} is not a safetensors index: {error}") from error
+            return _read_weight_map(index)
         if not (self.folder / SINGLE_FILE).is_file():
             raise ValueError(f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
         self._open = {}
         return dict.fromkeys(self._file(SINGLE_FILE).keys(), SINGLE_FILE)
 
 
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is not a safetensors index: {error}") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} is not a safetensors index: weight_map must name a file for each tensor")
+    return weight_map
+
+
 def write_safetensors(
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = 5 << 30
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Writes the tensors in order, a shard as soon as it is full, so that at most one shard is in memory."""
     shards: list[list[str]] = []
@@ -102,7 +113,11 @@ def write_safetensors(
 
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, torch.Tensor]) -> list[str]:
-    save_file(tensors, folder / f"shard-{number}.safetensors", metadata={"format": "pt"})
+    path = folder / f"shard-{number}.safetensors"
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)  # safetensors 0.8 leaves files that their owner alone can read, whatever the umask
     return list(tensors)
 
 

@@ -95,14 +95,18 @@ def load_hf_weights(
     of the folder's rows. Rows that only pad the vocabulary are zero.
 
     Raises:
-        ValueError: a missing tensor or one of a wrong shape; found before any weight is copied.
+        ValueError: a missing tensor or one of a wrong shape, found before any weight is copied; a number in this
+            rank's shards that is not finite.
     """
     weights = SafetensorsReader(folder)
     check_hf_weights(weights, architecture)
     place = _Place(*(Shard(group.rank(), group.size()) for group in (groups.tp, groups.expt_tp, groups.ep)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_local_tensor(name, parameter.shape, weights, architecture, place))
+            tensor = _local_tensor(name, parameter.shape, weights, architecture, place)
+            if not tensor.isfinite().all():
+                raise ValueError(f"{folder}: the weights of {name} hold numbers that are not finite")
+            parameter.copy_(tensor)
 
 
 def check_hf_weights(weights: SafetensorsReader, architecture: Qwen3Architecture) -> None:

@@ -14,8 +14,10 @@ import yaml
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_opdlm.checkpointing.distributed import METADATA, load_checkpoint
-from megatron_opdlm.checkpointing.folders import ASSETS, MANIFEST, check_complete, is_checkpoint, newest_checkpoint
+from megatron_opdlm.checkpointing.folders import ASSETS, newest_checkpoint
+from megatron_opdlm.checkpointing.harmless import check_harmless
 from megatron_opdlm.checkpointing.hf_qwen3 import load_hf_weights
+from megatron_opdlm.checkpointing.manifest import MANIFEST, check_complete, is_checkpoint
 from megatron_opdlm.config.load import load_config
 from megatron_opdlm.config.schema import Config
 from megatron_opdlm.models.pipeline import PipelineModel
@@ -75,6 +77,7 @@ def open_pretrained(folder: str, setting: str) -> Pretrained:
     is_megatron = is_checkpoint(path)
     if is_megatron:
         check_complete(path)
+        check_harmless(path)
     elif not (path / "config.json").is_file():
         raise ValueError(
             f"{setting} ({folder}) is neither a Hugging Face folder (it has no config.json) "

@@ -103,17 +103,8 @@ def check_autoregressive(architecture: Qwen3Architecture, setting: str, folder: 
     """ValueError for a model that cannot say what comes after a prefix, as a teacher must."""
     if architecture.is_block_diffusion:
         raise ValueError(
-            f"{setting} ({folder}) is a block-diffusion model (model_type sdar): it can be a student, but a teacher "
-            "must be autoregressive"
-        )
-
-
-def check_experts(config: Config, *architectures: Qwen3Architecture) -> None:
-    """ValueError if experts are to be shared out and no model has any."""
-    size = config.parallel.expert_model_parallel_size
-    if size > 1 and all(architecture.mixture is None for architecture in architectures):
-        raise ValueError(
-            f"parallel.expert_model_parallel_size ({size}) must be 1: neither student nor teacher has experts"
+            f"{setting} ({folder}) is a block-diffusion model (its model_type is SDAR's): it can be a student, but a "
+            "teacher must be autoregressive"
         )
 
 

@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_opdlm.checkpointing.distributed import METADATA, load_checkpoint
-from megatron_opdlm.checkpointing.folders import ASSETS, point_to_best, remove_old_checkpoints
+from megatron_opdlm.checkpointing.distributed import METADATA, agree, load_checkpoint
+from megatron_opdlm.checkpointing.folders import (
+    ASSETS,
+    checkpoints,
+    first_sound,
+    point_to_best,
+    remove_old_checkpoints,
+)
+from megatron_opdlm.checkpointing.manifest import check_complete
 from megatron_opdlm.checkpointing.student_and_teacher import StudentSource
 from megatron_opdlm.config.load import save_config
-from megatron_opdlm.config.schema import Config
+from megatron_opdlm.config.schema import Config, Verification
 from megatron_opdlm.models.pipeline import PipelineModel
+
+logger = logging.getLogger(__name__)
 
 PROGRESS = "progress"
 
@@ -53,6 +64,42 @@ def save_train_state(
 
     state = _sharded_state(model, optimizer, groups, is_loading=False)
     save(folder, state | {PROGRESS: progress}, write_assets, put_in_order)
+
+
+def load_newest_train_state(
+    directory: Path,
+    verify: Verification,
+    model: PipelineModel,
+    optimizer: MegatronOptimizer,
+    groups: ProcessGroupCollection,
+) -> tuple[Path, dict] | None:
+    """Loads the newest good checkpoint of a run: its folder and `progress`; None if there is none.
+
+    All ranks must call it. ValueError if that checkpoint is of another model.
+    """
+    folder = newest_sound_checkpoint(directory, verify)
+    if folder is None:
+        return None
+    try:
+        return folder, load_train_state(folder, model, optimizer, groups)
+    except ValueError as error:
+        # Which of the two it is, damaged shards or another model, the hashes tell.
+        sound = folder if verify == "hashes" else newest_sound_checkpoint(directory, "hashes")
+        if sound in (folder, None):
+            raise
+        logger.warning("%s; going on from %s instead", error, sound)
+        return sound, load_train_state(sound, model, optimizer, groups)
+
+
+def newest_sound_checkpoint(directory: Path, verify: Verification) -> Path | None:
+    """`newest_checkpoint` for all ranks, each of which reads its share of the files. All must call it.
+
+    They take the checkpoints that rank 0 finds: shared file systems are not always of one mind.
+    """
+    found = [checkpoints(directory) if dist.get_rank() == 0 else []]
+    dist.broadcast_object_list(found, src=0)
+    share = slice(dist.get_rank(), None, dist.get_world_size())
+    return first_sound(found[0], lambda folder: agree(lambda: check_complete(folder, verify, share)))
 
 
 def load_train_state(

@@ -29,7 +29,7 @@ def check_config(config: Config, world_size: int | None) -> None:
     _check_models(config)
     check_lora(config.lora)
     _check_parallel(config.parallel)
-    _check_rollout(config.rollout)
+    check_rollout(config.rollout)
     check_states(config.states)
     check_objective(config.objective, config.rollout, config.curricula)
     check_divergence(config.divergence)
@@ -44,6 +44,8 @@ def check_config(config: Config, world_size: int | None) -> None:
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=config.data.max_response_tokens,
     )
+    at_least(0, "logging", trajectory_interval=config.logging.trajectory_interval)
+    at_least(1, "logging", num_trajectories=config.logging.num_trajectories)
     _check_precision(config)
     _check_padding(config)
     _check_context_parallel(config)
@@ -113,7 +115,7 @@ def _check_expert_parallel(parallel: ParallelConfig) -> None:
     )
 
 
-def _check_rollout(rollout: RolloutConfig) -> None:
+def check_rollout(rollout: RolloutConfig) -> None:
     at_least(
         1,
         "rollout",
@@ -179,7 +181,9 @@ def _check_training(training: TrainingConfig, rollout: RolloutConfig) -> None:
         global_batch_size=training.global_batch_size,
         micro_batch_size=training.micro_batch_size,
         pad_to_multiple=training.pad_to_multiple,
+        max_skipped_steps=training.max_skipped_steps,
     )
+    at_least(0, "training", grace_seconds=training.grace_seconds)
     num_responses = rollout.num_responses_per_prompt
     product = f" x rollout.num_responses_per_prompt ({num_responses})" if num_responses > 1 else ""
     require(

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,35 @@ def load_config(
     `required` is as in `check_required`; `world_size` as in `check_config`; `description` heads the help text.
     `--help` and `--print_config` print and exit with 0. ValueError names the setting, its value and the rule.
     """
-    recipes, flags = _split_recipes(list(sys.argv[1:] if arguments is None else arguments))
+    config = parse_config(sys.argv[1:] if arguments is None else arguments, description=description)
+    check_config(config, world_size)
+    check_required(config, required)
+    return config
+
+
+def parse_config(
+    arguments: Sequence[str], *, description: str | None = None, defaults: Mapping[str, Any] | None = None
+) -> Config:
+    """`load_config` without the rules that tie settings together.
+
+    `defaults` take the place of the schema's, by dotted name.
+    """
+    recipes, flags = _split_recipes(list(arguments))
     for recipe in recipes:
         _check_recipe(recipe)
     flags = list(_check_flags(flags))
     parser = build_parser(description)
+    parser.set_defaults(dict(defaults or {}))
     try:
         namespace = parser.parse_args([*(f"--config={recipe}" for recipe in recipes), *flags])
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         raise ValueError(_one_line(str(error))) from error
+    except RecursionError as error:
+        raise ValueError(f"{', '.join(recipes) or 'a flag'}: a value is nested too deeply, or holds itself") from error
     config = _build(Config, namespace)
-    check_config(config, world_size)
-    check_required(config, required)
+    for setting in SETTINGS.values():  # the parser takes null for anything
+        if namespace[setting.name] is None and type(None) not in typing.get_args(setting.type):
+            raise ValueError(f"{setting.name} (null) must be {setting.rule}")
     return config
 
 
@@ -158,7 +175,16 @@ def _spell_list(setting: Setting, values: list[str]) -> str:
     if len(values) == 1 and values[0].startswith("["):
         return values[0]
     items = [item for value in values for item in value.split(",") if item]
-    return json.dumps(items if typing.get_args(setting.type) == (str,) else [yaml.safe_load(item) for item in items])
+    return json.dumps(items if typing.get_args(setting.type) == (str,) else [_item(item) for item in items])
+
+
+def _item(text: str) -> int | float | str:
+    """A number, or the text itself, which the parser then refuses as such."""
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
+        return text
+    return value if isinstance(value, int | float) else text
 
 
 def _check_recipe(path: str) -> None:
@@ -169,6 +195,8 @@ def _check_recipe(path: str) -> None:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path} must hold sections with settings, such as `rollout: {{block_size: 4}}`")
     _check_keys(path, root, prefix="")

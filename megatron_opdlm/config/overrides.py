@@ -29,6 +29,7 @@ OWNED = {
     **dict.fromkeys(("fp8_dot_product_attention", "fp8_multi_head_attention"), "attention.fp8 chooses"),
     "fp8_recipe": "precision.fp8 and precision.teacher_fp8 choose",
     "fp8_param": "weights stay in precision.dtype",
+    "deterministic_mode": "training.deterministic chooses",
     **dict.fromkeys(
         ("no_sync_func", "grad_sync_func", "param_sync_func"),
         "parallel.overlap_grad_reduce and parallel.overlap_param_gather choose",
@@ -51,6 +52,8 @@ RECOMPUTE = (
 def check_overrides(model: str, overrides: dict) -> None:
     """ValueError names the first field of `{model}.transformer` that must not be there, its value and why."""
     for field, value in overrides.items():
+        if not isinstance(field, str):
+            raise ValueError(f"{model}.transformer has the key {field!r}, which must be the name of a field")
         reason = "stages have equally many layers" if "pipeline" in field else OWNED.get(field)
         if reason:
             raise ValueError(f"{model}.transformer.{field} ({value}) must be left out: {reason}")

@@ -23,6 +23,7 @@ AdaptedModule = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 Fp8Recipe = Literal["off", "delayed", "tensorwise", "blockwise"]
 Recompute = Literal["none", "selective", "full"]
 LossReduction = Literal["sequence", "token"]
+Verification = Literal["sizes", "hashes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,8 @@ class ParallelConfig:
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
     distributed_timeout_minutes: float = 10.0
-    """A collective that takes longer than this ends the run with an error."""
+    """A collective that takes longer than this ends the run with an error. A training step in which a rank gets nothing
+    done for four fifths of it ends before, with a message that names the phase and the ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +206,12 @@ class TrainingConfig:
     loss_reduction: LossReduction = "sequence"
     """`sequence`: the mean over a row's trained positions, then over the rows of the global batch. `token`: the mean
     over all trained positions of the global batch, so that long responses weigh more."""
+    deterministic: bool = False
+    """The same run again gives the same bits: no kernel and no sum over ranks whose order is left open. On GPUs this
+    costs speed, and an operation without such a kernel ends the run with an error. CPUs are so anyway."""
+    max_skipped_steps: int = 10
+    """An optimizer step whose loss or gradient is not finite is left out on all ranks, and its prompts go to
+    `skipped_steps.jsonl` of the run directory. After so many in a row the run ends."""
     train_on_end_token: bool = False
     """Train the first end token of a response too, where the state masks it."""
     pad_to_multiple: int = 64
@@ -212,6 +220,9 @@ class TrainingConfig:
     """Spread the rows of a global batch over the data-parallel ranks by their tokens; the loss stays the same."""
     seed: int = 1234
     """Of the data order, the rollouts and the states."""
+    grace_seconds: float = 25.0
+    """After SIGTERM a run finishes what it must (of a step still in its rollout nothing), saves a checkpoint and exits
+    with code 143; what is not saved after this many seconds is given up. torchrun waits 30 seconds for its workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +235,10 @@ class CheckpointConfig:
     """Training steps between checkpoints; the last step is always saved. 0 saves at the end only."""
     async_save: bool = True
     """Write while training goes on, from a copy of the state in host memory; otherwise training waits for the files."""
+    verify: Verification = "hashes"
+    """What a run makes sure of before it goes on from a checkpoint; otherwise it takes the one before. `hashes`: each
+    file is what was written, for which rank 0 reads all of them once. `sizes` leaves out the content of the shards, for
+    checkpoints so large that reading them twice takes too long."""
     keep: int = 2
     """Newest checkpoints that are kept, besides the best one (`evaluation.interval`); 0 for all."""
 
@@ -300,11 +315,18 @@ class LoggingConfig:
     """The run directory and what is written there."""
 
     directory: str = "runs/default"
-    """Run directory: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `report.html`."""
+    """Run directory: `config.yaml`, `metrics.jsonl`, `audit.jsonl` (the prompts of each step), `checkpoints/`,
+    `tensorboard/`, `trajectories.jsonl`, `report.html`."""
     tensorboard: bool = True
     """Write TensorBoard event files too."""
     progress_bar: bool = True
     """Show a progress bar on rank 0."""
+    trajectory_interval: int = 25
+    """Training steps between those of which a few rollouts are kept in `trajectories.jsonl`, with what the teacher says
+    about each token, for the report and `tools/show_trajectory.py`; the last step has some too. 0 for none. Each costs
+    a forward of both models over `rollout.denoising_steps_per_block` rows. Objectives without rollouts keep none."""
+    num_trajectories: int = 2
+    """So many of each of these steps, the first ones that rank 0 trains on."""
 
 
 @dataclass(frozen=True, kw_only=True)

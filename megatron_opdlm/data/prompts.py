@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_opdlm.data.responses import chat_messages, read_responses
+from megatron_opdlm.data.responses import chat_messages, check_characters, read_responses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,8 +87,10 @@ def read_prompts(
     """
     if apply_chat_template and not tokenizer.chat_template:
         raise ValueError("data.apply_chat_template (true) needs a tokenizer with a chat template; this one has none")
-    rows = [_check_row(where, row) for path in files for where, row in read_rows(path)]
-    texts = [_prompt_text(where, row, tokenizer, apply_chat_template, enable_thinking) for where, row in rows]
+    rows = [check_row(where, row) for path in files for where, row in read_rows(path)]
+    texts = [prompt_text(where, row, tokenizer, apply_chat_template, enable_thinking) for where, row in rows]
+    for (where, _), text in zip(rows, texts, strict=True):
+        check_characters(where, "question", text)
     # All at once: a fast tokenizer spreads the texts over the cores. A chat template writes special tokens itself.
     token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     prompts = [
@@ -177,10 +179,12 @@ def _decode_json(path: Path, text: str, first_line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ValueError(f"{path}:{line}: not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+        raise ValueError(f"{path}:{first_line}: not JSON that can be read: {error}") from error
 
 
-def _check_row(where: str, row: Any) -> Row:
-    """The row itself, once its values have the types that `Prompt` and the chat template need."""
+def check_row(where: str, row: Any) -> Row:
+    """The row itself, once its values have the types that `Prompt` and the chat template need; else ValueError."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a row must be an object, not {type(row).__name__}")
     question = row.get("question")
@@ -206,9 +210,10 @@ def _check_messages(where: str, messages: list) -> None:
             raise ValueError(f"{where}: each message of question must have a role and a content, both text")
 
 
-def _prompt_text(
+def prompt_text(
     where: str, row: dict, tokenizer: PreTrainedTokenizerBase, apply_chat_template: bool, enable_thinking: bool
 ) -> str:
+    """What the model reads before its response. Raises ValueError, with `where`, if the chat template refuses."""
     from jinja2 import TemplateError
 
     question = row["question"]

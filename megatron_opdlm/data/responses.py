@@ -38,12 +38,22 @@ def read_responses(
     if end_id is None:
         raise ValueError("the tokenizer has no end token, with which a response would end")
     texts = [_response_text(*row, tokenizer, apply_chat_template, enable_thinking) for row in rows]
+    for (where, _, _), text in zip(rows, texts, strict=True):
+        check_characters(where, "response", text)
     all_ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     responses = [(*(ids[: ids.index(end_id)] if end_id in ids else ids), end_id) for ids in all_ids]
     for (where, _, _), ids in zip(rows, responses, strict=True):
         if tokenizer.mask_token_id in ids:
             raise ValueError(f"{where}: response holds the mask token {tokenizer.mask_token}")
     return responses
+
+
+def check_characters(where: str, key: str, text: str) -> None:
+    """ValueError if the text has half of a surrogate pair, which JSON can write and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {key} has {text[error.start]!r}, which is no character") from error
 
 
 def _response_text(

@@ -39,10 +39,18 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        # The Rust library behind fast tokenizers raises bare `Exception`; other classes than these are not the file's.
-        if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError | TypeError):
+        if not _is_of_files(error) and not _is_of_files(error.__cause__):
             raise
         raise ValueError(f"{folder}: its tokenizer cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _is_of_files(error: BaseException | None) -> bool:
+    """Whether the files are to blame, and not the program.
+
+    The Rust library behind fast tokenizers raises bare `Exception`. huggingface_hub raises classes of its own, caused
+    by one of these, where a config contradicts itself.
+    """
+    return type(error) is Exception or isinstance(error, OSError | ValueError | KeyError | TypeError)
 
 
 def add_mask_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

@@ -82,12 +82,16 @@ class OnPolicyStates:
     """bool: the row that counts its trajectory. Left out: every row, each being all of its trajectory."""
     num_trained_by_trajectory_B: torch.Tensor = None
     """int64: trained positions of the row's trajectory, over all its rows. Left out: those of the row."""
+    prompt_ids_B: torch.Tensor = None
+    """int64: the prompt that each row answers, by its row in the data set. Left out: -1, none."""
 
     def __post_init__(self) -> None:
         if self.is_first_row_B is None:
             object.__setattr__(self, "is_first_row_B", torch.ones_like(self.lengths_B, dtype=torch.bool))
         if self.num_trained_by_trajectory_B is None:
             object.__setattr__(self, "num_trained_by_trajectory_B", self.num_trained_B)
+        if self.prompt_ids_B is None:
+            object.__setattr__(self, "prompt_ids_B", torch.full_like(self.lengths_B, -1))
         for name, tensor in self._tensors():
             expected = self.clean_ids_BT.shape if name.endswith("_BT") else self.clean_ids_BT.shape[:1]
             assert tensor.shape == expected, f"{name} is {tuple(tensor.shape)}, not {tuple(expected)}"
@@ -203,6 +207,7 @@ def select_states(
         log_probs_BT=pad_sequence(log_probs, batch_first=True),
         is_first_row_B=torch.arange(len(rows)) % num_rows == 0,
         num_trained_by_trajectory_B=by_trajectory_NR.sum(dim=1).repeat_interleave(num_rows),
+        prompt_ids_B=torch.tensor([trajectory.prompt_id for trajectory in trajectories]).repeat_interleave(num_rows),
     )
 
 
@@ -226,7 +231,8 @@ def _rows_of(
     is_end_R = torch.isin(clean_T[num_prompt:], end_ids)
     num_ends_before_R = is_end_R.cumsum(dim=0) - is_end_R.long()
     is_wanted_R = (num_ends_before_R == 0) & (~is_end_R | train_on_end_token)
-    is_counted_R = is_wanted_R & (torch.arange(num_response) < trajectory.response_length)
+    num_counted = 0 if trajectory.stop_reason == "not_finite" else trajectory.response_length
+    is_counted_R = is_wanted_R & (torch.arange(num_response) < num_counted)
     log_probs_T = pad(trajectory.log_probs_R, (num_prompt, 0))
     rows = []
     for place, (is_masked_MK, is_committed_MK) in enumerate(zip(*masks, strict=True)):

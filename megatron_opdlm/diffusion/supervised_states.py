@@ -147,6 +147,7 @@ def masked_row(
         "log_probs": torch.zeros(len(clean_T)),
         "weights": on_sequence(trajectory, weight_MK.float(), before=1.0),
         "num_response": is_target_R.sum(),
+        "prompt_ids": torch.tensor(trajectory.prompt_id),
     }
 
 

@@ -38,7 +38,9 @@ import torch
 
 from megatron_opdlm.diffusion.blocks import block_index, block_start, round_up_to_grid
 
-STOP_REASONS = ("end_token", "length", "given")
+STOP_REASONS = ("end_token", "length", "given", "not_finite")
+REPEATED = 4
+"""Tokens in a row that count as a repetition."""
 _TENSOR_DTYPES = {"terminal_ids_T": torch.int64, "step_map_R": torch.int64, "log_probs_R": torch.float32}
 
 
@@ -63,7 +65,8 @@ class Trajectory:
     response_length: int
     """Response tokens that count: up to and including the first end token, cut at the length limit."""
     stop_reason: str
-    """One of `STOP_REASONS`: "end_token", "length" where the limit came first, or "given" if it was not rolled out."""
+    """One of `STOP_REASONS`: "end_token", "length" where the limit came first, "given" if it was not rolled out, or
+    "not_finite": in its last block a logit was not, so that what stands there means nothing. It is trained nowhere."""
     domain: str
     """Of the prompt; "" if its row names none."""
 
@@ -149,6 +152,16 @@ class Trajectory:
     def tokens_per_step(self) -> float:
         """Counted tokens per denoising step: 1 for a decoder that commits one token at a time."""
         return self.response_length / self.num_steps
+
+    @property
+    def repetition_rate(self) -> float:
+        """The share of its counted runs of `REPEATED` tokens that stood in it before; 0 where it is shorter than one.
+
+        Example: "abcabcabc" has six runs of four letters, of which three are new: 0.5.
+        """
+        ids = self.response_ids.tolist()
+        runs = [tuple(ids[start : start + REPEATED]) for start in range(len(ids) - REPEATED + 1)]
+        return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
     def to_json(self) -> str:
         """One line of JSON, for files that people look into. `from_json` gives the same numbers back, bit for bit."""

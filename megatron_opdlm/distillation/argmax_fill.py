@@ -48,6 +48,7 @@ def fill_with_argmax(
     """
 
     def forward_step(data_iterator: Iterator[OnPolicyStates], model: Qwen3Model):
+        student.num_forwards += 1
         states = next(data_iterator)
         streams = torch.cat([states.clean_ids_BT, states.noisy_ids_BT])
         positions_T = torch.arange(streams.shape[1], device=streams.device)

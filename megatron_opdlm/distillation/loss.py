@@ -11,7 +11,7 @@ from megatron_opdlm.distillation.chunked_loss import divergence_loss
 from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
 
-SUMS = ("loss", "loss_count", "trained_tokens", "agreements", "committed_tokens", "on_policy_gap")
+SUMS = ("loss", "loss_count", "trained_tokens", "agreements", "student_entropy", "committed_tokens", "on_policy_gap")
 """What `distillation_loss` adds up for the metrics."""
 
 
@@ -59,6 +59,7 @@ def distillation_loss(
         "loss_count": torch.tensor(float(loss_count)),
         "trained_tokens": is_trained_BT.sum().float(),
         "agreements": result.agrees_N.sum().float(),
+        "student_entropy": result.student_entropy_N.sum().float(),
         "committed_tokens": is_committed_N.sum().float(),
         "on_policy_gap": gaps_N[is_committed_N].sum().float(),
     }

@@ -38,10 +38,10 @@ def teacher_hidden_states(
     A forward-only pass of Megatron's schedule, so all ranks must call it. Only the last pipeline stage gets them, the
     others get None for each.
     """
-    forward_step = functools.partial(_forward_step, teacher.context)
+    forward_step = functools.partial(_forward_step, teacher)
     items, num_streams = micro_batches, 1
     if filled is not None:
-        forward_step = functools.partial(_filled_forward_step, block_size)
+        forward_step = functools.partial(_filled_forward_step, teacher, block_size)
         items, num_streams = list(zip(micro_batches, filled, strict=True)), 2
     with teacher.on_device():
         collected = get_forward_backward_func()(
@@ -57,8 +57,9 @@ def teacher_hidden_states(
     return collected if teacher.is_last_stage else [None] * len(micro_batches)
 
 
-def _forward_step(context: ContextLink, data_iterator: Iterator[OnPolicyStates], model: Qwen3Model):
-    states = next(data_iterator)
+def _forward_step(teacher: PipelineModel, data_iterator: Iterator[OnPolicyStates], model: Qwen3Model):
+    teacher.num_forwards += 1
+    states, context = next(data_iterator), teacher.context
     columns = context.columns(states.clean_ids_BT.shape[1])
     part = states.columns(columns)
     positions_T = torch.arange(columns.start, columns.stop, device=part.clean_ids_BT.device)
@@ -70,8 +71,12 @@ def _forward_step(context: ContextLink, data_iterator: Iterator[OnPolicyStates],
 
 
 def _filled_forward_step(
-    block_size: int, data_iterator: Iterator[tuple[OnPolicyStates, torch.Tensor]], model: Qwen3Model
+    teacher: PipelineModel,
+    block_size: int,
+    data_iterator: Iterator[tuple[OnPolicyStates, torch.Tensor]],
+    model: Qwen3Model,
 ):
+    teacher.num_forwards += 1
     states, filled_BT = next(data_iterator)
     num_positions = filled_BT.shape[1]
     mask = filled_mask(num_positions, block_size, filled_BT.device)

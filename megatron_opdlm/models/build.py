@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 
+from megatron_opdlm.config.check_architecture import check_architecture
 from megatron_opdlm.config.schema import ParallelConfig, Recompute
 from megatron_opdlm.models.fp8 import fp8_settings, is_module_state
 from megatron_opdlm.models.layer_specs import LAYERS, default_layers, has_transformer_engine, qwen3_block_spec
@@ -159,7 +160,10 @@ def transformer_config(
     architecture: Qwen3Architecture, *, parallel: ParallelConfig, dtype: str, overrides: dict
 ) -> TransformerConfig:
     """Megatron's configuration of the architecture. ValueError names what does not fit."""
-    _check_divisible(architecture, parallel)
+    check_architecture(architecture, parallel)
+    # Megatron-Core 0.16's routers call it
+    if architecture.mixture is not None and torch.cuda.is_available() and not has_transformer_engine():
+        raise ValueError('a mixture of experts needs Transformer Engine; try pip install "megatron-opdlm[te]"')
     layers = choose_layers(overrides)
     settings = _architecture_settings(architecture) | _runtime_settings(parallel, DTYPES[dtype], layers)
     settings |= _pipeline_settings(parallel, DTYPES[dtype])
@@ -199,6 +203,7 @@ def _architecture_settings(architecture: Qwen3Architecture) -> dict:
         "add_qkv_bias": architecture.qkv_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
     }
 
 
@@ -268,44 +273,3 @@ def _pipeline_settings(parallel: ParallelConfig, dtype: torch.dtype) -> dict:
 
 def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
     return weight
-
-
-def _check_divisible(architecture: Qwen3Architecture, parallel: ParallelConfig) -> None:
-    num_chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
-    if architecture.num_hidden_layers % num_chunks:
-        raise ValueError(
-            "parallel.pipeline_model_parallel_size x parallel.virtual_pipeline_model_parallel_size "
-            f"({num_chunks}) must divide num_hidden_layers ({architecture.num_hidden_layers})"
-        )
-    size, mixture = parallel.tensor_model_parallel_size, architecture.mixture
-    for name in ("num_attention_heads", "num_key_value_heads", *(["intermediate_size"] if mixture is None else [])):
-        _check_divides("tensor_model_parallel_size", size, name, getattr(architecture, name))
-    heads_by_rank = architecture.num_key_value_heads // size
-    if heads_by_rank % parallel.context_parallel_size:
-        raise ValueError(
-            f"parallel.context_parallel_size ({parallel.context_parallel_size}) must divide num_key_value_heads "
-            f"({architecture.num_key_value_heads}) / parallel.tensor_model_parallel_size ({size}) = {heads_by_rank}"
-        )
-    if mixture is not None:
-        _check_mixture(mixture, parallel)
-
-
-def _check_mixture(mixture: Mixture, parallel: ParallelConfig) -> None:
-    size, expert_size = parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size
-    if torch.cuda.is_available() and not has_transformer_engine():  # Megatron-Core 0.16's routers call it
-        raise ValueError('a mixture of experts needs Transformer Engine; try pip install "megatron-opdlm[te]"')
-    if size > 1 and not parallel.sequence_parallel:
-        raise ValueError(
-            "parallel.sequence_parallel (false) must be true for a mixture of experts under "
-            f"parallel.tensor_model_parallel_size ({size})"
-        )
-    _check_divides(
-        "expert_model_parallel_size", parallel.expert_model_parallel_size, "num_experts", mixture.num_experts
-    )
-    setting = "tensor_model_parallel_size" if expert_size is None else "expert_tensor_parallel_size"
-    _check_divides(setting, expert_size or size, "moe_intermediate_size", mixture.moe_intermediate_size)
-
-
-def _check_divides(setting: str, size: int, name: str, value: int) -> None:
-    if value % size:
-        raise ValueError(f"parallel.{setting} ({size}) must divide {name} ({value})")

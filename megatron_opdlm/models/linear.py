@@ -9,6 +9,7 @@ They stand in Megatron's local layers, under its names and with its weights:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,3 +38,14 @@ class ColumnLinear(_Direct, ColumnParallelLinear):
 
 class RowLinear(_Direct, RowParallelLinear):
     """Cut by inputs."""
+
+
+def without_direct_products(modules: Iterable[torch.nn.Module]) -> None:
+    """Makes the layers among these modules Megatron's own again, in place.
+
+    nvidia-modelopt quantizes inside Megatron's forward, which a direct product would go past.
+    """
+    for module in modules:
+        for ours, megatrons in ((ColumnLinear, ColumnParallelLinear), (RowLinear, RowParallelLinear)):
+            if type(module) is ours:
+                module.__class__ = megatrons

@@ -54,6 +54,8 @@ class PipelineModel:
         self.chunks, self.link, self.context = chunks, link, context
         self.tensor_group, self.replica_group, self.expert_group = tensor_group, replica_group, expert_group
         self._hosted: HostedWeights | None = None
+        self.num_forwards = 0
+        """Forwards in rollout and training that have begun: a sign of life, not an account."""
 
     @property
     def config(self) -> TransformerConfig:

@@ -73,7 +73,10 @@ class Objective(ABC):
     def terminal_sequences(
         self, tasks: list[RolloutTask], step: int, dynamic_threshold: float | None
     ) -> list[Trajectory]:
-        """One sequence for each of `engine.share(tasks)`, in their order; `tasks` are the step's, on all ranks."""
+        """One sequence for each of `engine.share(tasks)`, in their order; `tasks` are the step's, on all ranks.
+
+        Some of them only where the engine was told to stop.
+        """
 
     @abstractmethod
     def select_states(self, trajectories: list[Trajectory], step: int) -> OnPolicyStates:

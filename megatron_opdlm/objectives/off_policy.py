@@ -82,7 +82,7 @@ class OffPolicyMixture:
         made |= self._written_by_others(others, step) if others else {}
         self._metrics = self.engine.statistics.metrics() if own else MetricAccumulator()
         self._metrics.add("rollout/off_policy_fraction", len(others) / len(tasks))
-        return [made[place] for place in self.engine.share(list(range(len(tasks))))]
+        return [made[place] for place in self.engine.share(list(range(len(tasks)))) if place in made]
 
     def metrics(self) -> MetricAccumulator:
         """Of the latest call on this rank."""
@@ -124,4 +124,5 @@ def _autoregressive_engine(parts: Parts) -> RolloutEngine:
     )
     # The teacher may lack the student's last rows, the mask token's among them: it draws from those of the loss.
     special = replace(parts.special, vocab_size=parts.shard.vocab_size)
-    return RolloutEngine(parts.teacher, rollout, special, parts.config.training.seed, parts.groups)
+    stop = parts.engine.should_stop
+    return RolloutEngine(parts.teacher, rollout, special, parts.config.training.seed, parts.groups, should_stop=stop)

@@ -26,11 +26,14 @@ LIBRARY_RECORDS = {
 """Logger -> how its records of that kind begin, at each model that Megatron-Core 0.19 builds."""
 
 
-def set_up_logging() -> None:
-    """Sends the project's log records to stderr; torchrun's RANK says which. Calling it again is harmless."""
+def set_up_logging(level: int = logging.INFO) -> None:
+    """Sends the project's log records to stderr, of rank 0 from `level` on; torchrun's RANK says who that is.
+
+    Calling it again is harmless.
+    """
     rank = int(os.environ.get("RANK", "0"))
     logger = logging.getLogger("megatron_opdlm")
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.setLevel(level if rank == 0 else logging.WARNING)
     logger.propagate = False
     handler = logging.StreamHandler(sys.stderr)
     prefix = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""

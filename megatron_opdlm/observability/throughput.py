@@ -15,8 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-GPU_PEAKS = {"H100 80GB HBM3": (989e12, 3.35e12), "H100 PCIe": (756e12, 2.0e12), "H200": (989e12, 4.8e12)}
-"""Part of a GPU's name -> dense bfloat16 FLOP/s and bytes/s, from NVIDIA's data sheets."""
+from megatron_opdlm.observability.hardware import GPUS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,5 @@ def rollout_flops(
 
 def roofline_seconds(device_name: str, flops: float, num_bytes: float) -> float | None:
     """The least time a GPU needs for the work and for moving the bytes, whichever is longer; None for unknown GPUs."""
-    for part, (flop_rate, byte_rate) in GPU_PEAKS.items():
-        if part in device_name:
-            return max(flops / flop_rate, num_bytes / byte_rate)
-    return None
+    gpu = next((gpu for gpu in GPUS.values() if gpu.device_name in device_name), None)
+    return None if gpu is None else max(flops / gpu.flops, num_bytes / gpu.memory_bandwidth)

@@ -26,16 +26,28 @@ class PhaseTimers:
         self._synchronize = synchronize
         self._clock = clock
         self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self.num_marks = 0
+        """Times that a phase has begun or ended: a sign of life."""
+
+    @property
+    def current(self) -> str:
+        """The phase that the program is in, the innermost one. Other threads may ask while it changes."""
+        return next(iter(self._open[-1:]), "between steps")
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Counts the time of the `with` block to `name`, also if it ends in an error."""
         self._synchronize()
         started = self._clock()
+        self._open.append(name)
+        self.num_marks += 1
         try:
             yield
         finally:
             self._synchronize()
+            self._open.pop()
+            self.num_marks += 1
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - started
 
     def seconds(self) -> dict[str, float]:

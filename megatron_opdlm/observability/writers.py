@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_opdlm.config.schema import LoggingConfig
+from megatron_opdlm.observability.collapse_watch import CollapseWatch
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def build_writers(config: LoggingConfig, rank: int, resume_step: int) -> Writer:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         writers: list[Writer] = [JsonlWriter(directory / "metrics.jsonl", resume_step)]
+        writers.append(CollapseWatch(read_records(directory / "metrics.jsonl")))
         if config.tensorboard:
             writers.append(TensorBoardWriter(directory / "tensorboard", resume_step))
     except OSError as error:
@@ -96,7 +98,7 @@ class JsonlWriter:
 
     def __init__(self, path: str | os.PathLike, resume_step: int = 0) -> None:
         self._path = Path(path)
-        _keep_records_before(self._path, resume_step)
+        keep_records_before(self._path, resume_step)
         self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -136,7 +138,7 @@ class TensorBoardWriter:
 def read_records(path: str | os.PathLike) -> list[dict]:
     """The records of a metrics file, in order. A line that is not whole (the run was killed in it) is left out."""
     records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8").split("\n"):  # a text may have U+2028, where `splitlines` cuts
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
@@ -146,8 +148,11 @@ def read_records(path: str | os.PathLike) -> list[dict]:
     return records
 
 
-def _keep_records_before(path: Path, step: int) -> None:
-    """Drops the records of `step` and later. The file is replaced whole, so a crash cannot lose the others."""
+def keep_records_before(path: Path, step: int) -> None:
+    """Drops the records of `step` and later from a file of them, if there is one.
+
+    The file is replaced whole, so a crash cannot lose the others.
+    """
     if path.exists():
         kept = [record for record in read_records(path) if record["step"] < step]
         partial = path.with_suffix(".partial")

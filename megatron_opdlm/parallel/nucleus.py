@@ -86,7 +86,8 @@ def _num_kept_at_edge(
     )
     by_rank_R3N = gather_from_ranks(local_3N, shard)
     above_N, at_edge_N, num_at_edge_N = by_rank_R3N.sum(0)
-    num_needed_N = -((above_N - needed_N) // (at_edge_N // num_at_edge_N))  # rounded up
+    mass_of_one_N = (at_edge_N // num_at_edge_N.clamp(min=1)).clamp(min=1)  # nothing is at the edge if it is no number
+    num_needed_N = -((above_N - needed_N) // mass_of_one_N)  # rounded up
     return num_needed_N - by_rank_R3N[: shard.rank, 2].sum(0)
 
 

@@ -35,6 +35,7 @@ from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.parallel.device import to_device
 from megatron_opdlm.parallel.stage_link import Shared
 from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
+from megatron_opdlm.rollout.denoising_step import DenoisingStep, steps_taken
 from megatron_opdlm.rollout.forward import cached_forward
 from megatron_opdlm.rollout.forward_graphs import ForwardGraphs
 from megatron_opdlm.rollout.kv_cache import KeyValueCache, QueryTokens, listed
@@ -49,7 +50,7 @@ DRAWN_TOGETHER = 256
 
 
 class BlockDecoder:
-    """Decodes what its scheduler hands it. Runs in the caller's no_grad, with the cache attached.
+    """Decodes what its scheduler hands it. Runs in the caller's `no_grad` or inference mode, with the cache attached.
 
     All ranks of a tensor- and of a pipeline-parallel group must decode the same sequences.
     """
@@ -65,10 +66,12 @@ class BlockDecoder:
         statistics: RolloutStatistics,
         on_finished: Callable[[int, Trajectory], None],
         graphs: ForwardGraphs | None = None,
+        on_step: Callable[[DenoisingStep], None] | None = None,
     ) -> None:
         self.model, self.cache, self.scheduler, self.slots = model, cache, scheduler, scheduler.slots
         self.rollout, self.special, self.shard = rollout, special, shard
         self.statistics, self.on_finished, self.graphs = statistics, on_finished, graphs
+        self.on_step = on_step
         self.schedule_S = commit_schedule(rollout.block_size, rollout.denoising_steps_per_block)
         self.output_before_BH: torch.Tensor | None = None
         """The last stage's output at the position before each slot's block, where the logits are shifted."""
@@ -106,10 +109,13 @@ class BlockDecoder:
         if len(slots_D):
             self._commit(slots_D, place_DK, is_masked_DK, drawn_3M)
             for slot in self.slots.advance(slots_D).tolist():
+                if self.slots.is_sick_B[slot]:
+                    self.cache.clear(self.scheduler.pool.page_table_BP[slot])
                 self.on_finished(*self.scheduler.finish(slot))
 
     def _forward(self, tokens: QueryTokens) -> Generator[None, None, torch.Tensor | None]:
         """`cached_forward`, as a replayed graph where there is one."""
+        self.model.num_forwards += 1
         if self.graphs is not None and self.graphs.takes(tokens):
             return self.graphs.forward(tokens)
         return (yield from cached_forward(self.model, self.cache, self.cache.place(tokens)))
@@ -195,11 +201,17 @@ class BlockDecoder:
         is_masked_DK: torch.Tensor,
         drawn_3M: torch.Tensor,
     ) -> None:
-        """Writes the tokens that the strategy selects, and with each its step and log-probability."""
+        """Writes the tokens that the strategy selects, and with each its step and log-probability.
+
+        A block with a logit that is not finite, which leaves no log-probability finite there, is filled with padding.
+        """
         ids_DK = torch.zeros(is_masked_DK.shape, dtype=torch.long)
         log_probs_DK, entropy_DK = torch.full((2, *is_masked_DK.shape), float("-inf"))
         ids_DK[is_masked_DK], log_probs_DK[is_masked_DK] = drawn_3M[0].long(), drawn_3M[1].float()
         entropy_DK[is_masked_DK] = drawn_3M[2].float()
+        is_sick_D = (is_masked_DK & ~log_probs_DK.isfinite()).any(1)
+        ids_DK[is_sick_D], entropy_DK[is_sick_D] = self.special.pad_token_id, 0.0
+        log_probs_DK[is_sick_D] = 0.0
         step_D = self.slots.step_B[slots_D]
         is_committed_DK = select_commits(
             self.rollout.remasking_strategy,
@@ -211,6 +223,8 @@ class BlockDecoder:
             entropy_BK=entropy_DK,
             entropy_bound=self.rollout.entropy_bound,
         )
+        is_committed_DK |= is_masked_DK & is_sick_D[:, None]
+        self.slots.is_sick_B[slots_D] = is_sick_D
         row, column = is_committed_DK.nonzero(as_tuple=True)
         place = slots_D[row], place_DK[1][row, column]
         self.slots.ids_BL[place] = ids_DK[is_committed_DK]
@@ -220,6 +234,9 @@ class BlockDecoder:
         self.slots.step_B[slots_D] += 1
         self.statistics.offered_K += is_masked_DK.sum(0)
         self.statistics.committed_K += is_committed_DK.sum(0)
+        if self.on_step is not None:
+            for step in steps_taken(self.slots, slots_D, is_committed_DK):
+                self.on_step(step)
 
     def _count(self, plan: ForwardPlan, tokens: QueryTokens) -> None:
         num_steps = int(plan.is_denoising_A.sum())

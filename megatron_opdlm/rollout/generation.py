@@ -27,9 +27,11 @@ from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
 from megatron_opdlm.rollout.attention_choice import BuildAttention
 from megatron_opdlm.rollout.block_decoder import BlockDecoder
 from megatron_opdlm.rollout.cache_size import CacheSize, cache_size
+from megatron_opdlm.rollout.denoising_step import DenoisingStep
 from megatron_opdlm.rollout.forward_graphs import CudaCapture, ForwardGraphs, graphs_refusal
 from megatron_opdlm.rollout.kv_cache import KeyValueCache, attached
 from megatron_opdlm.rollout.page_pool import PagePool
+from megatron_opdlm.rollout.rounds import on_any
 from megatron_opdlm.rollout.scheduler import Scheduler
 from megatron_opdlm.rollout.sequences import DecodingRequest, Slots, Waiting
 from megatron_opdlm.rollout.statistics import RolloutStatistics
@@ -40,12 +42,14 @@ logger = logging.getLogger(__name__)
 
 ROUNDS_BETWEEN_DEALS = 16
 """Forwards after which data-parallel ranks tell each other how much room they have, while tasks are left."""
+ROUNDS_BETWEEN_QUESTIONS = 32
+"""Forwards after which ranks ask whether they shall stop, once no tasks are left; a pipeline runs empty there."""
 SLOTS_PER_TASK_IN_STOCK = 8
 """A rank takes one task for this many slots beyond the free ones, for slots that empty before the next deal."""
 
 
 class Generation:
-    """What lives as long as a rollout. Runs in the caller's no_grad.
+    """What lives as long as a rollout. Runs in the caller's `no_grad` or inference mode.
 
     All ranks of a tensor- and of a pipeline-parallel group need the same requests, and those of the queue's group too.
     """
@@ -61,8 +65,11 @@ class Generation:
         show_progress: bool = False,
         log_level: int = logging.DEBUG,
         on_finished: Callable[[int, Trajectory], None] | None = None,
+        on_step: Callable[[DenoisingStep], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> None:
-        self.log_level, self.on_finished = log_level, on_finished
+        self.log_level, self.on_finished, self.on_step = log_level, on_finished, on_step
+        self.should_stop = should_stop
         self.model, self.rollout, self.special, self.requests, self.queue = model, rollout, special, requests, queue
         self.statistics = RolloutStatistics.of_blocks(rollout.block_size)
         self.waiting: deque[Waiting] = deque()
@@ -73,19 +80,40 @@ class Generation:
         self.bar = tqdm(desc="rollout", unit=" sequences", total=0, leave=False, delay=5, disable=not show_progress)
 
     def run(self) -> dict[int, Trajectory]:
-        """Decodes. All ranks of the queue's group must call it, and all that share experts."""
+        """Decodes, all or as much as `should_stop` leaves time for.
+
+        All ranks of the queue's group must call it, and all that share experts.
+        """
         link, started = self.model.link, time.perf_counter()
         link.clock.take()
         decoders, cache = self._build()
         with attached(self.model, cache), self.bar:
-            while not self.queue.is_empty:
-                self._take_requests(decoders)
-                num_rounds = None if self.queue.is_empty else ROUNDS_BETWEEN_DEALS
+            is_going_on = True  # also without requests: keeps company where experts are shared
+            while is_going_on:
+                if not self.queue.is_empty:
+                    self._take_requests(decoders)
+                if self.queue.is_stopped:
+                    break
+                num_rounds = self._rounds_to_next_meeting()
                 take_turns(decoder.decode(num_rounds) for decoder in decoders)
-            if not self.requests:
-                take_turns(decoder.decode() for decoder in decoders)  # keeps company where experts are shared
+                is_going_on = num_rounds is not None and self._is_going_on(decoders)
         self._finish_statistics(decoders, time.perf_counter() - started)
         return self.finished
+
+    def _rounds_to_next_meeting(self) -> int | None:
+        if not self.queue.is_empty:
+            return ROUNDS_BETWEEN_DEALS
+        return None if self.should_stop is None else ROUNDS_BETWEEN_QUESTIONS
+
+    def _is_going_on(self, decoders: list[BlockDecoder]) -> bool:
+        """Whether there is something left to decode, and none of the ranks that forward together is to stop."""
+        if self.should_stop is None:
+            return True
+        is_left = bool(self.waiting) or any(decoder.scheduler.num_active for decoder in decoders)
+        is_left, is_told_to_stop = on_any([is_left or not self.queue.is_empty, self.should_stop()], self.model)
+        if is_told_to_stop:
+            self.queue.stop()
+        return is_left and not is_told_to_stop
 
     def _take_requests(self, decoders: list[BlockDecoder]) -> None:
         """Gets requests for free slots and for stock, and spreads those of similar length over the decoders."""
@@ -120,6 +148,7 @@ class Generation:
             self.statistics,
             self._keep,
             self.graphs,
+            self.on_step,
         )
 
     def _graphs(self, cache: KeyValueCache, num_slots: int) -> ForwardGraphs | None:

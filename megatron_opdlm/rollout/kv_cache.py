@@ -136,6 +136,11 @@ class KeyValueCache:
         read_N = None if tokens.read_N is None else to_device(tokens.read_N, self.device)
         return PlacedTokens(*on_device, layout=self.attention.lay_out(tokens), read_N=read_N)
 
+    def clear(self, pages: torch.Tensor) -> None:
+        """Makes zeros of these pages, so that what is not finite in them reaches nobody who gets them next."""
+        for memory in (*self._keys.values(), *self._values.values()):
+            memory[to_device(pages, self.device)] = 0
+
     def begin_forward(self, placed: PlacedTokens, rotation: Rotation) -> None:
         """The layers that follow read these tokens, whose queries and keys turn as their positions say."""
         self._placed, self._rotation = placed, rotation
@@ -173,15 +178,15 @@ class KeyValueCache:
 @contextmanager
 def attached(model: PipelineModel, cache: KeyValueCache) -> Iterator[None]:
     """While it lasts, the model's core attention decodes against `cache`, and its last layer does what is read."""
-    cores = [module for module in model.modules() if isinstance(module, CoreAttention)]
-    assert cores, "no attention to attach a cache to"
+    parts = [module for module in model.modules() if isinstance(module, CoreAttention)]
+    assert parts, "no attention to attach a cache to"
     if model.is_last_stage:
-        cores.append(model.chunks[-1].decoder.layers[-1].self_attn_bda)
+        parts.append(model.chunks[-1].decoder.layers[-1].self_attn_bda)
     cache.last_layer = model.config.num_layers
-    for part in cores:
+    for part in parts:
         part.cache = cache
     try:
         yield
     finally:
-        for part in cores:
+        for part in parts:
             part.cache = None

@@ -2,9 +2,9 @@
 
 The kernel wants rows of equally many queries and keys. So each call has one block of queries of every sequence, whose
 last block is what it denoises, among sequences of about the same length; a second call has the blocks that have just
-become clean. What a prompt has before its last block is cut into tiles with a call of their own. No query only fills
-up a row, and a mask has at most as many entries as a tile has queries, times keys: memory grows with the length of a
-sequence and not with its square.
+become clean. What a prompt has before its last block is cut into tiles, with a call for those at the same positions, as
+the tiles of several responses to a prompt are. No query only fills up a row, and a mask has at most as many entries as
+a tile has queries, times keys: memory grows with the length of a sequence and not with its square.
 
     attention = SdpaPagedAttention(block_size=4, num_heads_per_group=2, longest=128, dtype=torch.float32, device=device)
     layout = attention.lay_out(tokens)
@@ -38,13 +38,14 @@ _SHORTEST_KEYS = 64
 class Call:
     """What shares one call of the kernel."""
 
-    queries: torch.Tensor
-    """Where in the list of tokens the queries are: W of each sequence, one behind the other."""
+    queries: torch.Tensor | slice
+    """Where in the list of tokens the queries are: W of each sequence, one behind the other; or which W of the tokens
+    of each, if the call has all sequences of the list in their order, and they have equally many tokens."""
     pages: torch.Tensor | slice
     """Each sequence's pages, `[A, P]`; or a slice of the cache, if it has one page of each, in their order."""
     num_keys: int
     mask: torch.Tensor | None
-    """Added to the scores, `[A, 1, heads per group x W, E]`; None where every query sees every key."""
+    """Added to the scores, `[A or 1, 1, heads per group x W, E]`; None where every query sees every key."""
 
 
 class SdpaPagedAttention:
@@ -84,14 +85,18 @@ class SdpaPagedAttention:
         out_TND = torch.empty_like(query_TND)
         for call in layout:
             keys, values = (self._keys(pages, call) for pages in (key_pages, value_pages))
+            num_sequences, num_groups = keys.shape[:2]
             # The heads that share keys become further queries: with a mask, kernels for grouped heads are few and slow.
-            chosen = query_TND.index_select(0, call.queries).unflatten(0, (len(keys), -1))
-            grouped = chosen.unflatten(2, (keys.shape[1], -1)).permute(0, 2, 3, 1, 4)
+            chosen = _chosen(query_TND, call.queries, num_sequences)
+            grouped = chosen.unflatten(2, (num_groups, -1)).permute(0, 2, 3, 1, 4)
             attended = F.scaled_dot_product_attention(
                 grouped.flatten(2, 3), keys, values, attn_mask=call.mask, scale=scale
             )
             attended = attended.view(grouped.shape).permute(0, 3, 1, 2, 4)
-            out_TND.index_copy_(0, call.queries, attended.reshape(len(call.queries), *out_TND.shape[1:]))
+            if isinstance(call.queries, slice):
+                _chosen(out_TND, call.queries, num_sequences).unflatten(2, (num_groups, -1)).copy_(attended)
+            else:
+                out_TND.index_copy_(0, call.queries, attended.reshape(len(call.queries), *out_TND.shape[1:]))
         return out_TND
 
     def _keys(self, pages: torch.Tensor, call: Call) -> torch.Tensor:
@@ -117,10 +122,11 @@ class SdpaPagedAttention:
                 sequences = sequences[tokens.page_table_AP[sequences, 0].argsort()]
                 yield sequences, first_A[sequences], width
         tile = max(1, TILE // self.block_size) * self.block_size
-        for sequence in (before_last_A > width).nonzero()[:, 0]:
-            end = int(before_last_A[sequence])
+        spans_A2 = torch.stack([tokens.first_A, before_last_A], dim=1)
+        for span_2 in spans_A2[before_last_A > width].unique(dim=0):
+            sequences, end = (spans_A2 == span_2).all(1).nonzero()[:, 0], int(span_2[1])
             for first in range(0, end, tile):
-                yield sequence[None], torch.tensor([first]), min(tile, end - first)
+                yield sequences, torch.full_like(sequences, first), min(tile, end - first)
 
     def _call(self, tokens: QueryTokens, sequences_A: torch.Tensor, skipped_A: torch.Tensor, width: int) -> Call:
         first_A = tokens.first_A[sequences_A] + skipped_A
@@ -132,9 +138,13 @@ class SdpaPagedAttention:
         is_slice = table_AP.shape[1] == 1 and torch.equal(
             table_AP[:, 0], torch.arange(first_page, first_page + num_sequences)
         )
+        skipped = int(skipped_A[0])
+        is_even = torch.equal(sequences_A, torch.arange(len(tokens.counts_A))) and bool(
+            (tokens.counts_A == tokens.counts_A[0]).all() and (skipped_A == skipped).all()
+        )
         self._count(first_A, end_A, width, num_keys)
         return Call(
-            queries=to_device(place_AW.flatten(), self.device),
+            queries=slice(skipped, skipped + width) if is_even else to_device(place_AW.flatten(), self.device),
             pages=slice(first_page, first_page + num_sequences) if is_slice else to_device(table_AP, self.device),
             num_keys=num_keys,
             mask=self._mask(first_A, end_A, width, num_keys),
@@ -155,15 +165,23 @@ class SdpaPagedAttention:
             return self._additive(to_device(visible_AWE, self.device))[:, None].expand(shape)
         # Up to its own block everything cached for a sequence is what a query may see: earlier blocks are clean, and
         # the entries of its own block come from its own stream. That is the pattern of a clean query among clean keys.
-        queries_AW1 = to_device(first_A, self.device)[:, None, None] + torch.arange(width, device=self.device)[:, None]
+        # The tiles of a call are all at the positions of the first.
+        queries_1W1 = first_A[0] + torch.arange(width, device=self.device)[None, :, None]
         is_noisy = torch.zeros((), dtype=torch.bool, device=self.device)
         pattern = may_attend(
-            queries_AW1, is_noisy, torch.arange(num_keys, device=self.device), is_noisy, self.block_size
+            queries_1W1, is_noisy, torch.arange(num_keys, device=self.device), is_noisy, self.block_size
         )
         return self._additive(pattern)[:, None].repeat(1, 1, self.num_heads_per_group, 1)
 
     def _additive(self, is_visible: torch.Tensor) -> torch.Tensor:
         return torch.zeros(is_visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~is_visible, -torch.inf)
+
+
+def _chosen(rows_TND: torch.Tensor, queries: torch.Tensor | slice, num_sequences: int) -> torch.Tensor:
+    """`[A, W, N, D]` of a call's queries; where they are a slice, a view."""
+    if isinstance(queries, slice):
+        return rows_TND.unflatten(0, (num_sequences, -1))[:, queries]
+    return rows_TND.index_select(0, queries).unflatten(0, (num_sequences, -1))
 
 
 def _length_classes(num_keys_A: torch.Tensor) -> torch.Tensor:

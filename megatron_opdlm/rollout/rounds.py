@@ -9,6 +9,10 @@ all ranks are in that state.
         forward(plan or COMPANY)
 
 Where no experts are shared a rank decides by itself.
+
+A rollout that may be left early asks every so many forwards, with one answer for all ranks that forward together:
+
+    is_left, is_told_to_stop = on_any([True, signal_received], model)
 """
 
 from __future__ import annotations
@@ -32,3 +36,15 @@ def is_anyone_decoding(model: PipelineModel, is_decoding: bool) -> bool:
     number = torch.tensor(int(is_decoding), device=device())
     dist.all_reduce(number, group=model.expert_group)
     return bool(number)
+
+
+def on_any(flags: list[bool], model: PipelineModel) -> list[bool]:
+    """Each flag: whether any rank has raised it of those that this one needs for its forwards, who must all call it.
+
+    These are the ranks that hold one model together, and all such ranks whose models share experts.
+    """
+    raised = torch.tensor(flags, dtype=torch.int, device=device())
+    for group in (model.replica_group, model.expert_group):
+        if group is not None and group.size() > 1:
+            dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=group)
+    return raised.bool().tolist()

@@ -75,6 +75,8 @@ class Slots:
             num_slots, rollout.denoising_steps_per_block, self.block_size, dtype=torch.float64
         )
         """The uniform numbers of the block, one per step and position, whichever of them the steps use."""
+        self.is_sick_B = torch.zeros(num_slots, dtype=torch.bool)
+        """Whether a logit of the block was not finite; the sequence ends there."""
         self.num_cached_B = torch.zeros_like(self.prompt_length_B)
         """Clean tokens whose keys and values are in the cache; the only thing a suspended sequence loses."""
         self._end_ids = torch.tensor(special.end_token_ids)
@@ -90,6 +92,7 @@ class Slots:
         "step_B",
         "temperature_B",
         "uniforms_BSK",
+        "is_sick_B",
     )
 
     @property
@@ -103,7 +106,7 @@ class Slots:
         self.requests[slot] = request
         self.ids_BL[slot] = self.special.mask_token_id
         self.ids_BL[slot, :length] = torch.tensor(request.prompt_ids)
-        self.is_masked_BL[slot] = False
+        self.is_masked_BL[slot] = self.is_sick_B[slot] = False
         self.is_masked_BL[slot, length:end] = True
         self.step_map_BL[slot] = 0
         self.prompt_length_B[slot], self.end_B[slot] = length, end
@@ -127,9 +130,12 @@ class Slots:
         self.num_cached_B[slot] = 0
 
     def draw_uniforms(self, slots: torch.Tensor) -> None:
-        """New uniform numbers for a block of each of these slots, from the generators of their sequences."""
+        """New uniform numbers for a block of each of these slots, from the generators of their sequences.
+
+        A sequence at temperature 0 draws nothing.
+        """
         shape = self.uniforms_BSK.shape[1:]
-        for slot in slots.tolist():
+        for slot in slots[self.temperature_B[slots] > 0].tolist():
             self.uniforms_BSK[slot] = torch.rand(shape, dtype=torch.float64, generator=self.requests[slot].generator)
 
     def positions_of_blocks(self, slots_A: torch.Tensor) -> torch.Tensor:
@@ -143,7 +149,7 @@ class Slots:
         is_clean_A = ~self.is_masked_BL[place].any(1)
         is_end_AK = torch.isin(self.ids_BL[place], self._end_ids) & (positions_AK >= self.prompt_length_B[place[0]])
         is_last_A = positions_AK[:, -1] + 1 >= self.end_B[slots_A]
-        is_done_A = is_clean_A & (is_end_AK.any(1) | is_last_A)
+        is_done_A = is_clean_A & (is_end_AK.any(1) | is_last_A | self.is_sick_B[slots_A])
         going_on = slots_A[is_clean_A & ~is_done_A]
         self.block_start_B[going_on] += self.block_size
         self.step_B[going_on] = 0
@@ -155,7 +161,10 @@ class Slots:
         request, self.requests[slot] = self.requests[slot], None
         start, end = len(request.prompt_ids), int(self.block_start_B[slot]) + self.block_size
         is_end = torch.isin(self.ids_BL[slot, start : start + request.max_new_tokens], self._end_ids)[: end - start]
-        has_ended = bool(is_end.any())
+        is_sick, has_ended = bool(self.is_sick_B[slot]), bool(is_end.any())
+        length = int(is_end.int().argmax()) + 1 if has_ended else len(is_end)
+        # what stands in the block of a sick sequence was not drawn; a response has one token at least
+        clean_length = max(1, end - self.block_size - start)
         return Trajectory(
             prompt_id=request.prompt_id,
             sample_index=request.sample_index,
@@ -164,7 +173,7 @@ class Slots:
             terminal_ids_T=self.ids_BL[slot, :end].clone(),
             step_map_R=self.step_map_BL[slot, start:end].clone(),
             log_probs_R=self.log_probs_BL[slot, start:end].clone(),
-            response_length=int(is_end.int().argmax()) + 1 if has_ended else len(is_end),
-            stop_reason="end_token" if has_ended else "length",
+            response_length=clean_length if is_sick else length,
+            stop_reason="not_finite" if is_sick else "end_token" if has_ended else "length",
             domain=request.domain,
         )

@@ -39,7 +39,8 @@ class Draws:
     ids_N: torch.Tensor
     """int64."""
     log_probs_N: torch.Tensor
-    """float32: log of the raw softmax (temperature 1, unfiltered) at the token; its exponential is the confidence."""
+    """float32: log of the raw softmax (temperature 1, unfiltered) at the token; its exponential is the confidence. NaN
+    where a logit is NaN or plus infinity, or no token has one that is finite; the id then means nothing."""
     entropies_N: torch.Tensor | None = None
     """float32, in nats, of the distribution the token was drawn from, which at temperature 0 has one outcome and so
     entropy 0. None where nobody asked."""

@@ -8,6 +8,7 @@ each other their room, and all work out the same distribution. A run that is rep
     queue = WorkQueue([300, 20, 40], group)         # expected lengths of three tasks
     mine = queue.deal(room=1)                       # indices of tasks; all ranks must call it
     queue.is_empty
+    queue.stop()                                    # in place of a deal: nobody gets any more tasks
 
 What a rank has decoded goes where it is trained, by `exchange`. Both run on gloo; on several GPUs not yet.
 """
@@ -23,6 +24,9 @@ import torch.distributed as dist
 
 from megatron_opdlm.parallel.device import device
 
+_STOP = -1
+"""What a rank says of its room when the tasks that are left shall stay undone."""
+
 
 class WorkQueue:
     """The tasks that no rank of the group has yet; the same on all of them. `group` is None for a rank alone."""
@@ -31,6 +35,8 @@ class WorkQueue:
         self._group = group if group is not None and group.size() > 1 else None
         order = sorted(range(len(expected_lengths)), key=lambda index: -expected_lengths[index])
         self._waiting = deque(order)
+        self.is_stopped = False
+        """Whether a rank of the group has stopped the dealing; known to all of them after the next `deal`."""
 
     @property
     def num_ranks(self) -> int:
@@ -54,9 +60,16 @@ class WorkQueue:
         dist.all_gather(rooms, torch.tensor([room], device=device()), group=self._group)
         return self._distribute(torch.cat(rooms).tolist())[self._group.rank()]
 
+    def stop(self) -> None:
+        """Where others may still call `deal`, answers them once, so that all ranks find the queue stopped and empty."""
+        if not self.is_empty:
+            self.deal(_STOP)
+
     def _distribute(self, rooms: list[int]) -> list[list[int]]:
         """The tasks of each rank: the next one goes to the rank with the most room left, or the lowest of these."""
         dealt: list[list[int]] = [[] for _ in rooms]
+        if _STOP in rooms:
+            self.is_stopped, self._waiting = True, deque()
         while self._waiting and max(rooms) > 0:
             rank = rooms.index(max(rooms))
             dealt[rank].append(self._waiting.popleft())

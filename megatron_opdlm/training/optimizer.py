@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
@@ -169,6 +170,17 @@ def optimizer_step(student: TrainableStudent) -> float:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync()
     return float(grad_norm)
+
+
+def gradient_size(student: TrainableStudent) -> torch.Tensor:
+    """The 2-norm of what this rank's gradient buffers hold, float32 [], not finite if an entry is not.
+
+    Of a parameter that other ranks update it is this rank's own contribution, so that the norm is no one's gradient
+    norm; but if it is finite on all ranks, the gradient is too. Reads the buffers once and makes no copy.
+    """
+    buffers = [buffer for chunk in student.wrapped for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    sizes = [torch.linalg.vector_norm(buffer.grad_data, dtype=torch.float32) for buffer in buffers]
+    return torch.linalg.vector_norm(torch.stack(sizes))
 
 
 def wait_for_weights(student: TrainableStudent) -> None:

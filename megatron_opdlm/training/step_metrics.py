@@ -16,6 +16,7 @@ from megatron_opdlm.diffusion.trajectory import Trajectory
 from megatron_opdlm.models.qwen3 import Qwen3Architecture
 from megatron_opdlm.observability import throughput
 from megatron_opdlm.observability.metrics import MetricAccumulator
+from megatron_opdlm.planning.work import model_shape
 from megatron_opdlm.training.balance import TokenImbalance
 
 
@@ -25,7 +26,7 @@ class StepMetrics:
     def __init__(
         self, student: Qwen3Architecture, teacher: Qwen3Architecture | None = None, *, groups: ProcessGroupCollection
     ) -> None:
-        self.student, self.teacher = _shape(student), None if teacher is None else _shape(teacher)
+        self.student, self.teacher = model_shape(student), None if teacher is None else model_shape(teacher)
         self.student_parameters = throughput.num_active_parameters(self.student, student.tie_word_embeddings)
         self.teacher_parameters = (
             0 if teacher is None else throughput.num_active_parameters(self.teacher, teacher.tie_word_embeddings)
@@ -59,7 +60,8 @@ class StepMetrics:
             self._add_trajectory(local, trajectory)
         local.add_sum("perf/true_flops", self._learning_flops(states, trajectories[0].block_size))
         for sums in step_sums:
-            _add_sums(local, sums)
+            if not sums["is_skipped"]:
+                _add_sums(local, sums)
         for imbalance in imbalances:
             local.add("train/token_imbalance_before", imbalance.before)
             local.add("train/token_imbalance", imbalance.after)
@@ -67,7 +69,7 @@ class StepMetrics:
             local.add("moe/max_expert_load", max_expert_load)
         # Ranks that share sequences have the same trajectories, but each has decoded some of its own.
         values = _of_all(local, self.groups.dp) | _of_all(rollout_metrics or MetricAccumulator(), self.groups.dp_cp)
-        values["train/lr"] = lr
+        values |= {"train/lr": lr, "train/skipped_steps": sum(sums["is_skipped"] for sums in step_sums)}
         if "rollout/tokens" in values:
             values |= {"rollout/length_limit": length_limit, "rollout/dynamic_threshold": dynamic_threshold}
         num_tokens = values.get("rollout/tokens", 0) + values.get("data/response_tokens", 0)
@@ -98,6 +100,8 @@ class StepMetrics:
         metrics.add("rollout/steps_per_block", trajectory.num_steps / trajectory.num_blocks)
         metrics.add("rollout/response_length", trajectory.response_length)
         metrics.add("rollout/end_token_fraction", trajectory.stop_reason == "end_token")
+        metrics.add("rollout/repetition_rate", trajectory.repetition_rate)
+        metrics.add_sum("rollout/not_finite", trajectory.stop_reason == "not_finite")
         metrics.add_sum("rollout/tokens", trajectory.response_length)
         metrics.add_sum("perf/true_flops", self._rollout_flops(trajectory))
 
@@ -138,25 +142,9 @@ def _add_sums(metrics: MetricAccumulator, sums: dict[str, float]) -> None:
     for name, total, count in (
         ("train/loss", "loss", "loss_count"),
         ("train/teacher_agreement", "agreements", "trained_tokens"),
+        ("train/student_entropy", "student_entropy", "trained_tokens"),
         ("train/on_policy_gap", "on_policy_gap", "committed_tokens"),
         ("train/token_accuracy", "likeliest_tokens", "trained_tokens"),
     ):
         if total in sums and sums[count]:
             metrics.add(name, sums[total] / sums[count], weight=sums[count])
-
-
-def _shape(architecture: Qwen3Architecture) -> throughput.ModelShape:
-    mixture = architecture.mixture
-    return throughput.ModelShape(
-        num_layers=architecture.num_hidden_layers,
-        hidden_size=architecture.hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_key_value_heads,
-        head_dim=architecture.head_dim,
-        ffn_hidden_size=architecture.intermediate_size if mixture is None else mixture.moe_intermediate_size,
-        num_experts=1 if mixture is None else mixture.num_experts,
-        num_experts_per_token=1 if mixture is None else mixture.num_experts_per_tok,
-        vocab_size=architecture.vocab_size,
-        has_qk_norm=architecture.qk_norm,
-        has_qkv_bias=architecture.qkv_bias,
-    )

@@ -8,6 +8,7 @@ total over all micro-batches, data- and context-parallel ranks, so the split cha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +20,7 @@ from megatron_opdlm.observability.timers import PhaseTimers
 from megatron_opdlm.parallel.device import device
 from megatron_opdlm.training.expert_load import ExpertLoad
 from megatron_opdlm.training.optimizer import TrainableStudent, optimizer_step, wait_for_weights, zero_gradients
+from megatron_opdlm.training.skipped_steps import SkippedSteps
 
 
 class TrainStep:
@@ -30,16 +32,21 @@ class TrainStep:
         objective: Objective,
         timers: PhaseTimers,
         expert_load: ExpertLoad,
+        skipped_steps: SkippedSteps,
     ) -> None:
         self.student, self.objective = student, objective
-        self.timers, self.expert_load = timers, expert_load
+        self.timers, self.expert_load, self.skipped_steps = timers, expert_load, skipped_steps
 
     def __call__(self, micro_batches: list[OnPolicyStates]) -> dict[str, float]:
         """One optimizer step on this rank's share of a global batch. All ranks must call it.
 
         All pipeline stages and all ranks that share sequences pass the same micro-batches. Returns the sums of
-        `objective.loss` over their rows and the gradient norm of the global batch. The student's weights may be
-        read after `wait_for_weights` only.
+        `objective.loss` over their rows, the gradient norm of the global batch, and `is_skipped`, 1 where the weights
+        stay as they are because these numbers are not finite. The student's weights may be read after
+        `wait_for_weights` only.
+
+        Raises:
+            TooManySkippedSteps: on all ranks, after `training.max_skipped_steps` of them in a row.
         """
         if len(self.student.wrapped) > 1:  # see `variable_seq_lengths` in models.build
             width = max(states.clean_ids_BT.shape[1] for states in micro_batches)
@@ -51,12 +58,14 @@ class TrainStep:
         with self.timers.phase("student"):
             wait_for_weights(self.student)
             zero_gradients(self.student)
-            sums = self._forward_backward(prepared)
+            sums, losses = self._forward_backward(prepared)
         with self.timers.phase("optimizer"):
-            grad_norm = optimizer_step(self.student)
-        return {"grad_norm": grad_norm} | sums
+            is_skipped = self.skipped_steps.is_due(self.student, micro_batches, losses)
+            grad_norm = math.nan if is_skipped else optimizer_step(self.student)
+        return {"grad_norm": grad_norm, "is_skipped": float(is_skipped)} | sums
 
-    def _forward_backward(self, micro_batches: list[MicroBatch]) -> dict[str, float]:
+    def _forward_backward(self, micro_batches: list[MicroBatch]) -> tuple[dict[str, float], list[float]]:
+        """The sums over the micro-batches, and the loss of each, which the last pipeline stage alone has."""
         for chunk in self.student.wrapped:
             chunk.train()
         collected = get_forward_backward_func()(
@@ -68,7 +77,7 @@ class TrainStep:
             micro_batch_size=2 * len(micro_batches[0][0].lengths_B),
             forward_only=False,
         )
-        return self._totals(collected)
+        return self._totals(collected), [float(sums["loss"]) for sums in collected]
 
     def _totals(self, collected: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Sums over the micro-batches and the parts of their rows.
@@ -81,6 +90,7 @@ class TrainStep:
         return dict(zip(names, self.student.model.context.add_up_(shared.wait()).tolist(), strict=True))
 
     def _forward_step(self, data_iterator: Iterator[MicroBatch], model: torch.nn.Module):
+        self.student.model.num_forwards += 1
         states, targets = next(data_iterator)
         columns = self.student.model.context.columns(states.clean_ids_BT.shape[1])
         part = states.columns(columns)

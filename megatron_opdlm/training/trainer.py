@@ -9,24 +9,27 @@ exactly as it would have.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_opdlm.checkpointing.distributed import BackgroundSaves, save_checkpoint
-from megatron_opdlm.checkpointing.folders import newest_checkpoint, step_folder
+from megatron_opdlm.checkpointing.distributed import BackgroundSaves, agree, save_checkpoint
+from megatron_opdlm.checkpointing.folders import step_folder
 from megatron_opdlm.checkpointing.student_and_teacher import (
     build_student,
     build_teacher,
-    check_experts,
     open_student,
     open_teacher,
     padded_vocab_size,
 )
-from megatron_opdlm.checkpointing.train_state import load_train_state, save_train_state
+from megatron_opdlm.checkpointing.train_state import load_newest_train_state, save_train_state
+from megatron_opdlm.config.check_architecture import check_experts
 from megatron_opdlm.config.load import save_config
 from megatron_opdlm.config.schema import Config
 from megatron_opdlm.data.prompts import Prompt, read_prompts
@@ -36,16 +39,23 @@ from megatron_opdlm.models.fp8 import load_scaling_state, scaling_state
 from megatron_opdlm.objectives.objective import Parts
 from megatron_opdlm.objectives.table import OBJECTIVES
 from megatron_opdlm.observability.report import write_report
+from megatron_opdlm.observability.stragglers import StragglerWatch
 from megatron_opdlm.observability.timers import PhaseTimers
-from megatron_opdlm.observability.writers import build_writers
+from megatron_opdlm.observability.watchdog import Watchdog
+from megatron_opdlm.observability.writers import Writer, build_writers
+from megatron_opdlm.parallel.determinism import make_deterministic
 from megatron_opdlm.parallel.device import device
-from megatron_opdlm.parallel.initialize import initialize
+from megatron_opdlm.parallel.initialize import control_store, initialize
 from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard
 from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
 from megatron_opdlm.training.balance import balance_rows
 from megatron_opdlm.training.curricula import domain_limit, dynamic_threshold_at, max_new_tokens_at
 from megatron_opdlm.training.expert_load import ExpertLoad
+from megatron_opdlm.training.interruption import Interruption
+from megatron_opdlm.training.kept_trajectories import KeptTrajectories
 from megatron_opdlm.training.optimizer import learning_rate, make_trainable, parameter_count, wait_for_weights
+from megatron_opdlm.training.prompt_audit import PromptAudit
+from megatron_opdlm.training.skipped_steps import SkippedSteps, TooManySkippedSteps
 from megatron_opdlm.training.step_metrics import StepMetrics
 from megatron_opdlm.training.train_step import TrainStep
 from megatron_opdlm.training.validation import Validation
@@ -69,6 +79,8 @@ class Trainer:
         architectures = [source.architecture] + ([teacher_source.architecture] if teacher_source else [])
         check_experts(config, *architectures)
         self.prompts = self._read_prompts(source.tokenizer)
+        if config.training.deterministic:
+            make_deterministic()
         self.groups = initialize(config.parallel, config.training.seed)
         num_rows = padded_vocab_size(config, *architectures)
         model = build_student(source, config, self.groups, num_rows)
@@ -77,6 +89,7 @@ class Trainer:
         training = config.training
         num_optimizer_steps = training.max_steps * (self._num_responses // training.global_batch_size)
         self.student = make_trainable(model, config.optimizer, config.parallel, num_optimizer_steps)
+        self.interruption = Interruption(training.grace_seconds)
         self.engine = RolloutEngine(
             model,
             config.rollout,
@@ -84,11 +97,13 @@ class Trainer:
             training.seed,
             self.groups,
             show_progress=config.logging.progress_bar and dist.get_rank() == 0,
+            should_stop=self.interruption.is_received,
         )
         self.validation = Validation(config, source, model, self.groups)
         self.timers = PhaseTimers(torch.cuda.synchronize)
         self.metrics = StepMetrics(*architectures, groups=self.groups)
         self.expert_load = ExpertLoad(model, self.groups)
+        self.stragglers = StragglerWatch()
         parts = Parts(
             config=config,
             student=model,
@@ -99,24 +114,31 @@ class Trainer:
             groups=self.groups,
         )
         self.objective = OBJECTIVES[config.objective.name](parts)
-        self.train_step = TrainStep(self.student, self.objective, self.timers, self.expert_load)
+        self.kept_trajectories = KeptTrajectories(parts, source.tokenizer)
+        skipped_steps = SkippedSteps(Path(config.logging.directory), training.max_skipped_steps, lambda: self.step)
+        self.train_step = TrainStep(self.student, self.objective, self.timers, self.expert_load, skipped_steps)
         self.prompt_stream = PromptStream(len(self.prompts), training.num_prompts_per_step, training.seed)
-        self.step = 0
+        self.audit = PromptAudit(Path(config.logging.directory) / "audit.jsonl", self.groups.dp)
+        self.step, self.saved_step = 0, 0
         self._resume()
         self._log_plan(model, teacher)
 
-    def run(self) -> None:
-        """Trains to `training.max_steps` and saves the last step."""
+    def run(self) -> bool:
+        """Trains to `training.max_steps` and saves the last step. False if SIGTERM came before: then that is saved.
+
+        TooManySkippedSteps ends it before, with the report of what there is.
+        """
         is_first_rank = dist.get_rank() == 0
         directory = Path(self.config.logging.directory)
-        writers = build_writers(self.config.logging, dist.get_rank(), self.step)
-        if is_first_rank:
-            save_config(self.config, directory / "config.yaml")
+        writers = self._begin_records(directory)
         hide = not (self.config.logging.progress_bar and is_first_rank)
         bar = tqdm(total=self.config.training.max_steps, initial=self.step, disable=hide, unit="step")
-        with BackgroundSaves() as saves, bar:
-            while self.step < self.config.training.max_steps:
+        timeout = datetime.timedelta(minutes=self.config.parallel.distributed_timeout_minutes)
+        with self.interruption, BackgroundSaves(timeout) as saves, bar, self._watched(writers, saves):
+            while self.step < self.config.training.max_steps and not self.interruption.is_requested():
                 metrics = self._one_step()
+                if metrics is None:
+                    break
                 if self.validation.is_due(self.step + 1):
                     with self.timers.phase("evaluation"):
                         metrics |= self.validation.evaluate(self.step + 1)
@@ -126,18 +148,64 @@ class Trainer:
                 bar.update()
                 if self._is_save_due():
                     self._save(saves)
+            is_done = self.step >= self.config.training.max_steps
+            if not is_done and self.step != self.saved_step:
+                self._save(saves)
         writers.close()
-        if is_first_rank:
+        self.audit.close()
+        if not is_done:
+            logger.warning("stopped after %d training steps; the same command goes on from there", self.step)
+        elif is_first_rank:
             write_report(directory)
+        return is_done
 
-    def _one_step(self) -> dict[str, float]:
-        """The algorithm: a rollout (or given sequences), its states, one optimizer step per global batch."""
+    def _begin_records(self, directory: Path) -> Writer:
+        """What this run writes besides checkpoints. All ranks must call it; ValueError on all if one cannot."""
+        writers: list[Writer] = []
+
+        def begin() -> None:
+            writers.append(build_writers(self.config.logging, dist.get_rank(), self.step))
+            try:
+                if dist.get_rank() == 0:
+                    save_config(self.config, directory / "config.yaml")
+                self.audit.begin(self.step)
+                self.kept_trajectories.begin(self.step)
+            except OSError as error:
+                raise ValueError(f"logging.directory ({directory}) cannot be written: {error}") from error
+
+        agree(begin)
+        return writers[0]
+
+    @contextlib.contextmanager
+    def _watched(self, writers: Writer, saves: BackgroundSaves) -> Iterator[None]:
+        """While it lasts, a rank that hangs is found out; a run that goes nowhere leaves its report."""
+        try:
+            with self._watchdog(saves):
+                yield
+        except TooManySkippedSteps:
+            writers.close()
+            if dist.get_rank() == 0:
+                write_report(self.config.logging.directory)
+            raise
+
+    def _one_step(self) -> dict[str, float] | None:
+        """The algorithm: a rollout (or given sequences), its states, one optimizer step per global batch.
+
+        None, and nothing has happened, if SIGTERM came before the student has learned anything in this step.
+        """
         with self.timers.phase("total"):
+            prompts_before = self.prompt_stream.state_dict()
             limit = max_new_tokens_at(self.step, self.config.curricula, self.config.rollout)
             threshold = dynamic_threshold_at(self.step, self.config.curricula, self.config.rollout)
             tasks = self._tasks(self.prompt_stream.next_batch(), limit)
             with self.timers.phase("rollout"):
                 trajectories = self.objective.terminal_sequences(tasks, self.step, threshold)
+            if self.interruption.is_requested():
+                self.prompt_stream.load_state_dict(prompts_before)  # the engine may have left the rollout half done
+                return None
+            if self.kept_trajectories.is_due(self.step):
+                with self.timers.phase("trajectories"):
+                    self.kept_trajectories.keep(self.step, trajectories)
             states = self.objective.select_states(trajectories, self.step)
             with self.timers.phase("balance"):
                 states, imbalances = balance_rows(
@@ -145,9 +213,10 @@ class Trainer:
                 )
             step_sums = [self.train_step(micro_batches) for micro_batches in self._global_batches(states)]
             wait_for_weights(self.student)
+        self.audit.record(self.step, trajectories, self.config.rollout.num_responses_per_prompt)
         seconds = self.timers.seconds()  # and those of a checkpoint or an evaluation after the step before
         self.timers.reset()
-        return self.metrics.of_step(
+        return self._straggler_metrics(seconds) | self.metrics.of_step(
             trajectories,
             states,
             step_sums,
@@ -158,6 +227,24 @@ class Trainer:
             imbalances=imbalances,
             rollout_metrics=self.objective.rollout_metrics(),
             max_expert_load=self.expert_load.take(),
+        )
+
+    def _straggler_metrics(self, seconds: dict[str, float]) -> dict[str, float]:
+        """Without what a rank waited for others in rollout. All ranks must call it: it gathers over the world."""
+        idle = {"rollout": max(0.0, seconds["rollout"] - self.engine.statistics.idle_seconds)}
+        by_rank: list[dict[str, float]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(by_rank, seconds | idle)
+        return self.stragglers.metrics(by_rank)
+
+    def _watchdog(self, saves: BackgroundSaves) -> Watchdog:
+        models = [model for model in (self.objective.student, self.objective.teacher) if model is not None]
+        return Watchdog(
+            control_store(),
+            dist.get_rank(),
+            dist.get_world_size(),
+            limit_minutes=self.config.parallel.distributed_timeout_minutes,
+            phase=lambda: self.timers.current,
+            progress=lambda: (self.timers.num_marks, [m.num_forwards for m in models], saves.sign_of_life()),
         )
 
     def _tasks(self, indices: list[int], limit: int) -> list[RolloutTask]:
@@ -248,16 +335,15 @@ class Trainer:
                 self.config,
                 self.validation.best_step,
             )
+        self.saved_step = self.step
 
     def _resume(self) -> None:
-        """All ranks take the checkpoint that the first rank finds: shared file systems are not always of one mind."""
-        found = [newest_checkpoint(self._checkpoint_directory) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(found, src=0)
-        (folder,) = found
-        if folder is None:
+        directory, verify = self._checkpoint_directory, self.config.checkpoint.verify
+        loaded = load_newest_train_state(directory, verify, self.student.model, self.student.optimizer, self.groups)
+        if loaded is None:
             return
-        progress = load_train_state(folder, self.student.model, self.student.optimizer, self.groups)
-        self.step = progress["step"]
+        folder, progress = loaded
+        self.step = self.saved_step = progress["step"]
         self.prompt_stream.load_state_dict(progress["prompt_stream"])
         self.student.scheduler.load_state_dict(progress["scheduler"])
         self.metrics.load_state_dict(progress["totals"])

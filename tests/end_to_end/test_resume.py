@@ -8,7 +8,6 @@ two ranks that is killed again and again while it saves.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -130,14 +129,6 @@ def root(tmp_path_factory, world_of_one) -> Path:
     write_prompts(root / "prompts.jsonl", 14)
     train_here(root, "whole", NUM_STEPS)
     return root
-
-
-@pytest.fixture
-def warnings_log(caplog):
-    logger = logging.getLogger("megatron_opdlm")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def test_the_reference_trains(root):

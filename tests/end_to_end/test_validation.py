@@ -7,7 +7,6 @@ The tiny model solves no task, so the accuracies are written by hand, except whe
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.api import CheckpointException
 
 from tests.ranks import run_on_ranks
 from tests.tiny_qwen3 import make_tiny_qwen3, write_prompts
@@ -117,14 +115,6 @@ def accuracies(monkeypatch):
     return give
 
 
-@pytest.fixture
-def warnings_log(caplog):
-    logger = logging.getLogger("megatron_opdlm")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
 def test_a_run_with_evaluations_has_the_losses_and_weights_of_one_without_to_the_bit(root):
     from megatron_opdlm.checkpointing.conversion import megatron_to_hf
 
@@ -181,7 +171,7 @@ def test_a_run_that_ends_between_a_checkpoint_and_its_being_called_best_makes_up
 
     run = f"ended at {moment}"
     accuracies(0.25, 0.5, 0.75)
-    with monkeypatch.context() as patch, pytest.raises(CheckpointException, match="interrupted"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="could not be written: rank 0: interrupted"):
         patch.setattr(train_state, moment, fail_at_the_third)
         train(root, run, **EVERY_STEP | {"--checkpoint.async_save": "false"})
     assert best_of(root, run) == {"point_to_best": "step_00000002"}.get(moment, "step_00000003")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,11 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_a_published_folder_lists_the_size_of_every_file(tmp_path):
+def test_a_published_folder_lists_size_and_hash_of_every_file(tmp_path):
     folder = make_folder(tmp_path, 2)
-    assert json.loads((folder / "manifest.json").read_text()) == {"sizes": {"hf/config.json": 2, "shard": 5}}
+    hashes = {name: sha256(content).hexdigest() for name, content in (("hf/config.json", b"{}"), ("shard", b"12345"))}
+    expected = {"sizes": {"hf/config.json": 2, "shard": 5}, "sha256": hashes}
+    assert json.loads((folder / "manifest.json").read_text()) == expected
     assert names(tmp_path) == ["step_00000002"]
 
 
