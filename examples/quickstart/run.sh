@@ -54,4 +54,5 @@ evaluate student_dynamic "$run/checkpoints" --rollout.remasking_strategy low_con
 
 say "Megatron -> Hugging Face, and a look at the folder with plain transformers"
 python tools/convert_megatron_to_hf.py --checkpoint "$run/checkpoints" --output "$run/student_hf"
-python $quickstart/summarize.py --run "$run" --teacher $quickstart/teacher --seconds $((SECONDS - started))
+python $quickstart/summarize.py --run "$run" --teacher $quickstart/teacher --start "$student" \
+    --seconds $((SECONDS - started))

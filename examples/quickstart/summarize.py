@@ -1,6 +1,7 @@
 """The last step of the quickstart: score the teacher, look at the exported student, write summary.json and report.html.
 
-    python examples/quickstart/summarize.py --run runs/quickstart --teacher examples/quickstart/teacher --seconds 700
+    python examples/quickstart/summarize.py --run runs/quickstart --teacher examples/quickstart/teacher \\
+        --start examples/quickstart/teacher --seconds 700
 
 The teacher is scored with plain transformers, greedily, token by token: an implementation independent of this project.
 """
@@ -16,13 +17,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, type=Path, help="run directory of the quickstart")
     parser.add_argument("--teacher", required=True, type=Path, help="Hugging Face folder of the teacher")
+    parser.add_argument("--start", required=True, type=Path, help="Hugging Face folder that the student started from")
     parser.add_argument("--seconds", required=True, type=int, help="wall-clock seconds of the steps before this one")
     arguments = parser.parse_args()
 
     from megatron_opdlm.observability.report import write_report
     from megatron_opdlm.observability.writers import read_records
 
-    check_exported_student(arguments.run / "student_hf", arguments.teacher)
+    check_exported_student(arguments.run / "student_hf", arguments.start)
     untrained, static, dynamic = (
         read_scores(arguments.run / f"{name}.json") for name in ("untrained", "student_static", "student_dynamic")
     )
@@ -81,7 +83,7 @@ def teacher_accuracy(folder: Path, task_file: Path, batch_size: int = 64) -> flo
     return correct / len(tasks)
 
 
-def check_exported_student(folder: Path, teacher: Path) -> None:
+def check_exported_student(folder: Path, started_from: Path) -> None:
     """Loads the exported folder with plain transformers; AssertionError if it is not a sound, trained Qwen3."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -90,8 +92,8 @@ def check_exported_student(folder: Path, teacher: Path) -> None:
     student, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert tokenizer.mask_token_id == student.config.mask_token_id < student.config.vocab_size, "no row for the mask"
-    start = AutoModelForCausalLM.from_pretrained(teacher)
-    assert type(student) is type(start), f"{type(student).__name__} is not the teacher's class"
+    start = AutoModelForCausalLM.from_pretrained(started_from)
+    assert type(student) is type(start), f"{type(student).__name__} is not the class it started as"
     with torch.no_grad():
         logits = student(torch.tensor([[1, 2, 3]])).logits
     assert torch.isfinite(logits).all(), "the exported student's logits are not finite"

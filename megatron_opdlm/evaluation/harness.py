@@ -54,7 +54,7 @@ class TaskEvaluation:
             for name, task in self.loaded.tasks.items()
         }
         if any(map(runs_code, self.loaded.tasks)):
-            logger.info("programs of responses run in: %s", check_isolation(self.evaluation.sandbox).describe())
+            check_isolation(self.evaluation.sandbox)
         self.folder = output_folder(config)
         self._fingerprint, self._model = self.opened.fingerprint(), None
         self.groups = initialize(config.parallel, config.training.seed)

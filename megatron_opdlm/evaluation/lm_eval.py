@@ -13,7 +13,8 @@ from __future__ import annotations
 import sys
 
 from megatron_opdlm.config.errors import user_errors
-from megatron_opdlm.evaluation.lm_eval_tasks import OUR_TASKS, require_lm_eval
+from megatron_opdlm.evaluation.benchmarks import TASKS_FOLDER
+from megatron_opdlm.evaluation.lm_eval_tasks import require_lm_eval
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,7 +41,7 @@ def with_our_tasks(arguments: list[str]) -> list[str]:
     """The arguments with our folder of tasks, unless they name another one."""
     names_folder = any(argument.partition("=")[0] == "--include_path" for argument in arguments)
     runs = "--tasks" in [argument.partition("=")[0] for argument in arguments]
-    return [*arguments, "--include_path", str(OUR_TASKS)] if runs and not names_folder else arguments
+    return [*arguments, "--include_path", str(TASKS_FOLDER)] if runs and not names_folder else arguments
 
 
 def _then_leave(generate_until):

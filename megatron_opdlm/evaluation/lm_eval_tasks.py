@@ -19,10 +19,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_opdlm.config.schema import Config, EvaluationConfig
+from megatron_opdlm.evaluation.benchmarks import TASKS_FOLDER
 from megatron_opdlm.evaluation.requests import ResponseRequest, chat_prompt, decoding_settings
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict, TaskManager
     from transformers import PreTrainedTokenizerBase
 
-OUR_TASKS = Path(__file__).with_name("tasks")
-"""Folder of the tasks that come with this package."""
 TASK_SEED, FEWSHOT_SEED = 0, 1234
 """The harness's own: of tasks that shuffle their choices, and of the examples in front of a question."""
 
@@ -117,7 +115,7 @@ def response_requests(instances: list[Instance], config: Config, repeats: int) -
 
 def _load(name: str, evaluation: EvaluationConfig) -> TaskDict:
     """The tasks and groups of one name or pattern."""
-    folders = (*[str(OUR_TASKS)] * OUR_TASKS.is_dir(), *evaluation.include_path)
+    folders = (str(TASKS_FOLDER), *evaluation.include_path)
     # Going through the harness's thousands of definitions takes ten seconds, which a task of these folders can do
     # without, unless it is a group with members there.
     ours = _task_manager(folders, evaluation.data_dir, include_defaults=False)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_opdlm.config.schema import Config, RolloutConfig
+from megatron_opdlm.evaluation.fingerprint import text_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +82,7 @@ class ResponseRequest:
         """Of all that decides the response; `model` is the fingerprint of the model."""
         decoding = {name: getattr(rollout, name) for name in ROLLOUT_FIELDS}
         content = [model, self.prompt, dataclasses.asdict(self.settings), decoding]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=12).hexdigest()
+        return text_fingerprint(json.dumps(content))
 
 
 def decoding_settings(generation: dict[str, Any], config: Config, place: str) -> DecodingSettings:

@@ -1,87 +1,117 @@
-"""A run as one HTML page that needs nothing else: curves, results, settings.
+"""A run as one HTML page that needs nothing else: results, curves, warnings, how responses were written, settings.
 
     write_report("runs/default", {"Accuracy": {"teacher": {"chain_sum": 0.91}, "student": {"chain_sum": 0.88}}})
 
-It reads `metrics.jsonl` and `config.yaml` of the run directory, as far as they are there, and writes `report.html`.
+It reads what is there of `metrics.jsonl`, `config.yaml`, `trajectories.jsonl`, `skipped_steps.jsonl`, evaluations and
+sweeps in the run directory (`run_data`), and writes `report.html`. Template, style sheet and scripts lie in `page/`.
+
+Nothing on the page asks a network for anything, and its policy for browsers forbids that: the only style sheet and
+script that run are those written here, by their hashes. Text of the data is escaped where it stands in HTML, and what
+scripts read is JSON in which no character can end its element; they put it in place as text.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 
-import yaml
-
 from megatron_opdlm.config.settings import SECTIONS, SETTINGS
-from megatron_opdlm.observability.plots import line_plot, stacked_plot
-from megatron_opdlm.observability.writers import read_records
+from megatron_opdlm.observability.charts import NUM_CURVE_COLORS, line_chart, scatter_chart, stacked_chart
+from megatron_opdlm.observability.run_data import (
+    Run,
+    accuracy_points,
+    curves,
+    page_trajectories,
+    phase_seconds,
+    read_run,
+    warnings,
+)
 
-CURVES = {
-    "train/loss": ("Loss", "Mean divergence from the teacher at trained positions, or cross-entropy of given tokens."),
-    "train/teacher_agreement": ("Agreement with the teacher", "Share of trained positions with the same top token."),
-    "train/token_accuracy": ("Given tokens hit", "Share of trained positions whose token is the student's top token."),
-    "rollout/tokens_per_step": ("Tokens per denoising step", "Counted response tokens per forward of the student."),
-    "rollout/response_length": ("Response length", "Tokens up to and including the end token."),
-    "train/grad_norm": ("Gradient norm", "Before clipping."),
-    "train/on_policy_gap": ("On-policy gap", "Mean difference in log-probability between rollout and training."),
-    "evaluation/accuracy": ("Accuracy", "Share of the tasks of `evaluation.files` solved, at temperature 0."),
-    "evaluation/tokens_per_step": ("Tokens per denoising step on these tasks", "At temperature 0."),
-}
-"""Metric -> title and explanation of its curve."""
-
-PHASES = ("rollout", "balance", "teacher", "scoring", "student", "optimizer", "checkpoint", "evaluation")
-
-STYLE = """
-:root { color-scheme: light dark; --page: #ffffff; --text: #1c1f23; --quiet: #5d646d; --line: #dfe3e8; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --text: #e4e7ea; --quiet: #9aa2ab; --line: #30353b; } }
-body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--page); color: var(--text);
-       font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; } p, figcaption span { color: var(--quiet); }
-.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1.25rem; }
-figure { margin: 0; min-width: 0; } figcaption { font-size: 0.9rem; } svg { width: 100%; height: auto; display: block; }
-svg text { font-family: inherit !important; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; }
-th, td { padding: 0.3rem 0.8rem 0.3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; } summary { cursor: pointer; margin: 0.75rem 0; }
-"""
+PAGE = Path(__file__).with_name("page")
+SCRIPTS = ("theme.js", "charts.js", "viewer.js")
 
 
-def write_report(run_directory: str | os.PathLike, extra: Mapping[str, object] | None = None) -> Path:
-    """Writes `report.html` and returns its path.
+def write_report(
+    run_directory: str | os.PathLike,
+    extra: Mapping[str, object] | None = None,
+    output: str | os.PathLike | None = None,
+) -> Path:
+    """Writes the page and returns its path: `output`, by default `report.html` in the run directory.
 
     `extra` has a table per title: `{row: {column: value}}` or `{name: value}`; a plain value gets a row in "Results".
-    ValueError if there is no such run directory.
+    ValueError if there is no such run directory, or if a file in it is of something else.
     """
-    directory = Path(run_directory)
-    if not directory.is_dir():
-        raise ValueError(f"logging.directory: there is no run directory {directory}")
-    metrics, config = directory / "metrics.jsonl", directory / "config.yaml"
-    records = read_records(metrics) if metrics.is_file() else []
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    body = _heading(directory, records) + _results(extra or {}) + _curves(records) + _settings(settings)
-    page = directory / "report.html"
-    page.write_text(_page(directory.resolve().name, body), encoding="utf-8")
+    run = read_run(run_directory)
+    name = run.directory.resolve().name
+    trajectories = page_trajectories(run)
+    body = _tiles(run.records) + _warnings(run) + _results(extra or {}) + _curves(run)
+    body += (PAGE / "viewer.html").read_text(encoding="utf-8") if trajectories else ""
+    data = _data_element("trajectories-data", trajectories) if trajectories else ""
+    page = Path(output) if output else run.directory / "report.html"
+    page.write_text(_page(name, _facts(run), body + _settings(run.settings), data), encoding="utf-8")
     return page
 
 
-def _page(title: str, body: str) -> str:
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
+def _page(title: str, facts: str, body: str, data: str) -> str:
+    style = (PAGE / "report.css").read_text(encoding="utf-8")
+    script = "".join((PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    policy = (
+        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
     )
+    parts = {"title": escape(title), "facts": escape(facts), "policy": policy, "style": style, "script": script}
+    parts |= {"body": body, "data": data}
+    template = (PAGE / "report.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], template)  # once, so no part is looked into
 
 
-def _heading(directory: Path, records: list[dict]) -> str:
+def _hash(content: str) -> str:
+    """What a policy calls the one inline element that it allows (https://www.w3.org/TR/CSP3/#grammardef-hash-source)."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+def _data_element(name: str, value: object) -> str:
+    """JSON for the page's script. Within strings `<`, `>` and `&` are spelt as escapes, so nothing ends the element."""
+    text = json.dumps(value, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return f'<script type="application/json" id="{name}">{text}</script>\n'
+
+
+def _facts(run: Run) -> str:
+    records = run.records
     facts = [f"{len(records):,} training steps"]
     if any("rollout/tokens" in record for record in records):
         facts.append(f"{sum(record.get('rollout/tokens') or 0 for record in records):,.0f} response tokens")
     if any("perf/seconds_total" in record for record in records):
         facts.append(f"{sum(record.get('perf/seconds_total') or 0 for record in records) / 3600:.2f} hours")
-    return f"<h1>{escape(directory.resolve().name)}</h1>\n<p>{', '.join(facts)}</p>\n"
+    objective = run.settings.get("objective", {}).get("name")
+    return ", ".join([*facts, *([objective.replace("_", "-")] if objective else [])])
+
+
+def _tiles(records: list[dict]) -> str:
+    """Where the most telling curves ended, and began."""
+    wanted = ("Loss", "Teacher agreement", "Tokens per step", "Response length", "Accuracy")
+    tiles = [
+        f'<div class="card tile"><span>{escape(curve.title)}</span><b>{_short(curve.values[-1])}</b>'
+        f"<span>{_short(curve.values[0])} at the start</span></div>\n"
+        for curve in curves(records)
+        if curve.title in wanted
+    ]
+    return f'<div class="tiles">\n{"".join(tiles)}</div>\n' if tiles else ""
+
+
+def _warnings(run: Run) -> str:
+    messages = warnings(run)
+    if not messages:
+        return ""
+    items = "".join(f"<li>{escape(message)}</li>\n" for message in messages)
+    return f'<section class="card warnings"><h2>Warnings</h2>\n<ul>\n{items}</ul></section>\n'
 
 
 def _results(extra: Mapping[str, object]) -> str:
@@ -89,42 +119,55 @@ def _results(extra: Mapping[str, object]) -> str:
     plain = {title: value for title, value in extra.items() if title not in tables}
     if plain:
         tables = {"Results": plain} | tables
-    return "".join(f"<h2>{escape(title)}</h2>\n{_table(table)}" for title, table in tables.items())
+    return "".join(
+        f'<h2>{escape(title)}</h2>\n<div class="card">{_table(table)}</div>\n' for title, table in tables.items()
+    )
 
 
-def _curves(records: list[dict]) -> str:
-    figures = []
-    for metric, (title, explanation) in CURVES.items():
-        steps, values = _series(records, metric)
-        if steps:
-            change = f"{_text(values[0])} → {_text(values[-1])}"
-            figures.append(_figure(line_plot(title, steps, values), title, f"{change}. {explanation}"))
-    figures += _phase_figure(records)
+def _curves(run: Run) -> str:
+    figures = [
+        _figure(
+            line_chart(curve.title, curve.steps, curve.values), curve.title, curve.explanation, _change(curve.values)
+        )
+        for curve in curves(run.records)
+    ]
+    if points := accuracy_points(run):
+        picture = scatter_chart("Accuracy against speed", points, "tokens per denoising step", "accuracy")
+        explanation = "Labels: training steps, names of evaluations, thresholds of sweeps."
+        figures.append(_figure(picture, "Accuracy against speed", explanation, keys=list(points)))
+    if layers := phase_seconds(run.records):
+        picture = stacked_chart("Seconds per step", [record["step"] for record in run.records], layers)
+        explanation = "Wall-clock time of each phase, and its share of all of them."
+        figures.append(_figure(picture, "Seconds per step", explanation, keys=_phase_names(layers)))
     return f'<h2>Training</h2>\n<div class="curves">\n{"".join(figures)}</div>\n' if figures else ""
 
 
-def _series(records: list[dict], metric: str) -> tuple[list[int], list[float]]:
-    """Steps that have the metric, and its values; one that was not finite is NaN."""
-    points = [(record["step"], record[metric]) for record in records if metric in record]
-    return [step for step, _ in points], [float("nan") if value is None else value for _, value in points]
+def _change(values: list[float]) -> str:
+    return f"{_short(values[0])} → {_short(values[-1])}"
 
 
-def _phase_figure(records: list[dict]) -> list[str]:
-    metrics = {phase: f"perf/seconds_{phase}" for phase in PHASES}
-    layers = {
-        phase: [record.get(metric) or 0.0 for record in records]
-        for phase, metric in metrics.items()
-        if any(metric in record for record in records)
-    }
-    if not layers:
-        return []
-    picture = stacked_plot("Seconds per step", [record["step"] for record in records], layers)
-    return [_figure(picture, "Seconds per step", "Wall-clock time of each phase.")]
+def _short(value: float) -> str:
+    """Three digits, for a glance; the charts have them all."""
+    mantissa, _, exponent = f"{value:.3g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
-def _figure(picture: str, title: str, explanation: str) -> str:
-    caption = f"<b>{escape(title)}</b> <span>{escape(explanation)}</span>"
-    return f"<figure>\n{picture}<figcaption>{caption}</figcaption>\n</figure>\n"
+def _phase_names(layers: Mapping[str, list[float]]) -> list[str]:
+    """Each phase with its share of all seconds."""
+    total = sum(sum(values) for values in layers.values()) or 1.0
+    return [f"{phase} {sum(values) / total:.1%}" for phase, values in layers.items()]
+
+
+def _figure(picture: str, title: str, explanation: str, readout: str = "", keys: list[str] | None = None) -> str:
+    caption = f'<div class="caption"><b>{escape(title)}</b><span class="readout">{escape(readout)}</span></div>'
+    items = "".join(
+        f'<li><i class="c{place % NUM_CURVE_COLORS}"></i>{escape(name)}</li>' for place, name in enumerate(keys or [])
+    )
+    legend = f'<ul class="keys">{items}</ul>\n' if items else ""
+    return (
+        f'<figure class="card">\n<figcaption>{caption}<p>{escape(explanation)}</p></figcaption>\n'
+        f"{picture}{legend}</figure>\n"
+    )
 
 
 def _settings(sections: Mapping[str, Mapping[str, object]]) -> str:
@@ -134,8 +177,8 @@ def _settings(sections: Mapping[str, Mapping[str, object]]) -> str:
     written = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
     changed = {name: written[name] for name in SETTINGS if name in values and values[name] != SETTINGS[name].default}
     return (
-        f"<h2>Settings that differ from the defaults</h2>\n{_table(changed)}"
-        f"<details><summary>All settings</summary>\n{_table(written)}</details>\n"
+        f'<h2>Settings that differ from the defaults</h2>\n<div class="card">{_table(changed)}'
+        f"<details><summary>All settings</summary>\n{_table(written)}</details></div>\n"
     )
 
 
@@ -164,4 +207,4 @@ def _table(table: Mapping[str, object]) -> str:
 def _text(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f"{int(value):,}" if float(value).is_integer() else f"{value:.4g}"

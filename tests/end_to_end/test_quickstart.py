@@ -16,9 +16,11 @@ SHORT += ["--training.micro_batch_size", "8"]
 
 
 @pytest.mark.timeout(400)
-def test_the_quickstart_script_leaves_scores_a_report_and_a_sound_hugging_face_folder(tmp_path):
+@pytest.mark.parametrize("student", ["teacher", "small"])
+def test_the_quickstart_script_leaves_scores_a_report_and_a_sound_hugging_face_folder(student, tmp_path):
     run = tmp_path / "run"
     environment = os.environ | {"RUN_DIRECTORY": str(run), "PYTHON": sys.executable}
+    environment |= {"STUDENT": f"examples/quickstart/{student}"}
     finished = subprocess.run(
         ["bash", "examples/quickstart/run.sh", *SHORT],
         cwd=ROOT,

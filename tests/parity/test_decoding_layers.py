@@ -83,3 +83,17 @@ def decoded(model, tokens) -> tuple[torch.Tensor, list[int]]:
     for hook in hooks:
         hook.remove()
     return end.value.value, rows
+
+
+def test_trajectories_may_be_saved_for_a_backward_pass(student):
+    from megatron_opdlm.config.schema import RolloutConfig
+    from megatron_opdlm.data.prompts import Prompt
+    from megatron_opdlm.data.special_tokens import SpecialTokens
+    from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
+
+    special = SpecialTokens(vocab_size=41, mask_token_id=40, end_token_ids=(5,), pad_token_id=0)
+    engine = RolloutEngine(student, RolloutConfig(block_size=4), special, seed=0)
+    (trajectory,) = engine.generate([RolloutTask(Prompt(0, (1, 2, 3)), max_new_tokens=4)], step=0)
+    weight_V = torch.ones(41, requires_grad=True)
+    (weight_V[trajectory.terminal_ids_T].sum() + (weight_V[0] * trajectory.log_probs_R).sum()).backward()
+    assert weight_V.grad.sum() == len(trajectory.terminal_ids_T) + trajectory.log_probs_R.sum()

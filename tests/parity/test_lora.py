@@ -248,7 +248,8 @@ def test_adapters_of_a_megatron_checkpoint_are_merged_likewise(root, trained, tm
 
 def replace_config(checkpoint: Path, config: Config) -> None:
     """Under the manifest that knows the size of every file."""
-    from megatron_opdlm.checkpointing.folders import MANIFEST, publish
+    from megatron_opdlm.checkpointing.folders import publish
+    from megatron_opdlm.checkpointing.manifest import MANIFEST
 
     (checkpoint / MANIFEST).unlink()
     partial = checkpoint.with_name(checkpoint.name + ".partial")

@@ -306,7 +306,7 @@ def test_the_number_of_experts_is_read_by_the_name_in_published_folders_too(tmp_
 
 
 def test_experts_to_share_out_are_asked_for_where_no_model_has_any(folders, tmp_path):
-    from megatron_opdlm.checkpointing.student_and_teacher import check_experts
+    from megatron_opdlm.config.check_architecture import check_experts
     from megatron_opdlm.models.qwen3 import read_architecture
 
     config = Config(parallel=EXPERT_LAYOUTS["experts over 2"])

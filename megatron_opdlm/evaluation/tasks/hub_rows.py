@@ -9,11 +9,11 @@ A benchmark that lm-eval has a task for is read from the data set of that task; 
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_opdlm.data.preparation.codeforces import codeforces_row
 from megatron_opdlm.evaluation.benchmarks import Benchmark
 
 EVAL_DATA = "divelab/opdlm_eval_data"
@@ -65,39 +65,6 @@ def _gpqa(row: Row) -> Row:
     return _choice(row["Question"], options, options.index(right), row.get("High-level domain") or "")
 
 
-def _codeforces(row: Row) -> Row:
-    """A problem with its tests; empty for one that standard input, output and exact comparison do not cover."""
-    plain = row["input_mode"] == "stdio" and row["executable"] and row["official_tests"]
-    if not plain or row.get("interaction_format") or row.get("generated_checker"):
-        return {}
-    return {
-        "task_id": row["id"],
-        "question": _codeforces_statement(row),
-        "test_input": [_unix_lines(test["input"]) for test in row["official_tests"]],
-        "test_output": [_unix_lines(test["output"]) for test in row["official_tests"]],
-        # three times the limit of the contest, as Codeforces gives Python, and a second to start
-        "test_time_limit": math.ceil(float(row.get("time_limit") or 1.0) * 3) + 1,
-        "test_method": "stdio",
-        "rating": row.get("rating"),
-        "platform": "codeforces",
-    }
-
-
-def _codeforces_statement(row: Row) -> str:
-    """Title, statement, input, output, examples and note, each under its heading; formulas in single dollars."""
-    parts = [row.get("title"), row["description"]]
-    for heading, field in (("Input", "input_format"), ("Output", "output_format")):
-        parts += [f"{heading}\n{row[field].strip()}"] if row.get(field) else []
-    examples = [f"Input\n{case['input'].rstrip()}\nOutput\n{case['output'].rstrip()}" for case in row["examples"] or []]
-    parts += ["\n\n".join(["Examples", *examples])] if examples else []
-    parts += [f"Note\n{row['note'].strip()}"] if row.get("note") else []
-    return "\n\n".join(part.strip() for part in parts if part).replace("$$$", "$")
-
-
-def _unix_lines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def _four_options(row: Row) -> Row:
     options = [row[f"option_{letter}"] for letter in "abcd"]
     return _choice(row["question"], options, row["answer"], row.get("subject") or "")
@@ -119,6 +86,6 @@ CONVERTERS: dict[str, Callable[[Row], Row]] = {
     "ceval/ceval-exam": lambda row: _choice(row["question"], [row[letter] for letter in "ABCD"], row["answer"]),
     "CohereLabs/Global-MMLU-Lite": _four_options,
     "CohereLabs/include-lite-44": _four_options,
-    "open-r1/codeforces": _codeforces,
+    "open-r1/codeforces": codeforces_row,
 }
 """Data set -> what makes its rows ours; an empty row is left out."""

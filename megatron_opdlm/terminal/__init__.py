@@ -1,0 +1,1 @@
+"""What `generate` asks and shows at the terminal."""
