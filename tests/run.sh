@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Style and the CPU suite, as in continuous integration. Arguments go to pytest: `bash tests/run.sh tests/unit -x`.
+# Style (Python, shell, Dockerfiles) and the CPU suite, as in continuous integration. Arguments go to pytest:
+# `bash tests/run.sh tests/unit -x`.
 # `bash tests/run.sh --lane latest ...`, with --lane in front, does the same under the newest Megatron-Core: README.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,5 +15,9 @@ python -c "import triton" 2>/dev/null || python -m pip install --quiet --require
 
 python -m ruff check .
 python -m ruff format --check .
+mapfile -t scripts < <(find . -name '.?*' ! -name .ci -prune -o -name runs -prune -o \
+    -type f \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -print)
+shellcheck --external-sources "${scripts[@]}"
+hadolint Dockerfile Dockerfile.cpu
 # Tests start several processes; one thread in each keeps them from crowding each other out.
 OMP_NUM_THREADS=1 python -m pytest --durations=15 "$@"

@@ -31,6 +31,8 @@ from tests.unit.test_config import message_of
         ("rollout.entropy_bound=.nan", "rollout.entropy_bound (nan) must be at least 0"),
         ("rollout.dynamic_threshold=1.5", "rollout.dynamic_threshold (1.5) must lie between 0 and 1"),
         ("divergence.chunk_size=0", "divergence.chunk_size (0) must be at least 1"),
+        ("logging.trajectory_interval=-1", "logging.trajectory_interval (-1) must be at least 0"),
+        ("logging.num_trajectories=0", "logging.num_trajectories (0) must be at least 1"),
         ("divergence.top_k=-1", "divergence.top_k (-1) must be at least 0"),
         ("divergence.kind=kl", "divergence.kind (kl) must be one of forward_kl, reverse_kl, mixture, jsd"),
         ("divergence.reverse_weight=1.1", "divergence.reverse_weight (1.1) must lie between 0 and 1"),

@@ -52,5 +52,5 @@ def test_methods_are_compared_by_the_mean_over_seeds_and_not_at_all_if_a_seed_ne
     assert sft["trained_tokens_until_target"] == [90, None] and sft["mean_trained_tokens_until_target"] is None
     assert lift["mean_trained_tokens_until_target"] == 60
     table = summarize.table(summary)
-    assert "| SFT (`sdar`) | 0.875 | 90 | 1 of 2 seeds reach it |  |" in table
+    assert "| SFT, preset sdar | 0.875 | 90 | 1 of 2 seeds reach it | > 4.50 |" in table
     assert "| LIFT | 0.900 | 80 | 60 | 3.00 |" in table

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import json
 import logging
 import re
@@ -22,6 +24,7 @@ from megatron_opdlm.observability.metrics import MetricAccumulator
 from megatron_opdlm.observability.report import write_report
 from megatron_opdlm.observability.throughput import ModelShape
 from megatron_opdlm.observability.timers import PhaseTimers
+from megatron_opdlm.observability.trajectories import TrajectoryWriter
 from megatron_opdlm.observability.writers import (
     JsonlWriter,
     NullWriter,
@@ -30,6 +33,7 @@ from megatron_opdlm.observability.writers import (
     build_writers,
     read_records,
 )
+from tests.kept_sequences import HOSTILE, SEQUENCE
 
 TINY = ModelShape(
     num_layers=3,
@@ -45,7 +49,7 @@ TINY = ModelShape(
 def test_no_module_of_observability_imports_torch():
     program = (
         "import sys\n"
-        "from megatron_opdlm.observability import logging, metrics, plots, report, throughput, timers, writers\n"
+        "from megatron_opdlm.observability import charts, logging, metrics, report, throughput, timers, writers\n"
         "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules), 'a heavy import'"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -291,7 +295,7 @@ def run_directory(tmp_path, num_steps: int):
 
 def test_the_report_is_one_page_that_fetches_nothing(tmp_path):
     page = write_report(run_directory(tmp_path, 3), {"Accuracy": {"teacher": {"sums": 0.91}}}).read_text()
-    assert not re.search(r"https?:|<link|<script|@import|src=", page)
+    assert not re.search(r"https?:|<link|@import|src=|url\(", page)
     assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
@@ -301,20 +305,38 @@ def test_the_report_draws_what_was_recorded_and_leaves_out_the_rest(tmp_path):
     page = write_report(run_directory(tmp_path, 3)).read_text()
     pictures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     names = [xml.dom.minidom.parseString(picture).documentElement.getAttribute("aria-label") for picture in pictures]
-    assert names == ["Loss", "Seconds per step"]
-    assert "2 → 0." in page and "3 training steps, 3,000 response tokens" in page
-    assert "currentColor" in pictures[0] and "#010203" not in page
+    assert names == ["Loss: from 2 to 0", "Seconds per step"]
+    assert "2 → 0" in page and "3 training steps, 3,000 response tokens" in page
+    assert "Trajectories" not in page
+
+
+def test_the_policy_allows_the_page_its_own_style_sheet_and_script_alone(tmp_path):
+    page = write_report(run_directory(tmp_path, 1)).read_text()
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', page)[1]
+    contents = [re.search(rf"<{name}>(.*?)</{name}>", page, re.DOTALL)[1] for name in ("style", "script")]
+    style, script = (base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in contents)
+    assert policy.startswith(f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}';")
+
+
+def test_no_text_of_a_run_can_end_the_data_of_the_page(tmp_path):
+    TrajectoryWriter(run_directory(tmp_path, 1) / "trajectories.jsonl", 0).write([SEQUENCE])
+    page = write_report(tmp_path).read_text()
+    assert HOSTILE in SEQUENCE.texts.values() and HOSTILE not in page
+    assert page.count("</script>") == 2, "of the data and of the script"
+    data = re.search(r'<script type="application/json" id="trajectories-data">(.*?)</script>', page, re.DOTALL)[1]
+    assert json.loads(data)["texts"] == SEQUENCE.texts
+    assert page.index('id="viewer"') < page.index('id="trajectories-data"')
 
 
 def test_the_report_tells_changed_settings_and_results_with_text_escaped(tmp_path):
-    results = {"Accuracy": {"teacher": {"sums": 0.91234}, "a<b": {"counts": 1000}}, "note": "x & y"}
+    results = {"Accuracy": {"teacher": {"sums": 0.91234}, "a<b": {"counts": 320849.0}}, "note": "x & y"}
     page = write_report(run_directory(tmp_path, 1), results).read_text()
     changed = page[page.index("differ from the defaults") : page.index("All settings")]
     assert re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", changed) == [("rollout.block_size", "8")]
     assert "<tr><th>training.num_prompts_per_step</th><td>128</td></tr>" in page
     assert "<tr><th></th><th>sums</th><th>counts</th></tr>" in page
     assert "<tr><th>teacher</th><td>0.9123</td><td></td></tr>" in page
-    assert "<tr><th>a&lt;b</th><td></td><td>1,000</td></tr>" in page
+    assert "<tr><th>a&lt;b</th><td></td><td>320,849</td></tr>" in page
     assert "<tr><th>note</th><td>x &amp; y</td></tr>" in page
 
 

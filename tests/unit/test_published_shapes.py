@@ -24,6 +24,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_opdlm.config.schema import ParallelConfig
 from megatron_opdlm.models.qwen3 import Qwen3Architecture, read_architecture
 from megatron_opdlm.observability.throughput import ModelShape, num_active_parameters, num_parameters
+from megatron_opdlm.planning.layout import Layout
+from megatron_opdlm.planning.parameters import rank_parameters
+from megatron_opdlm.planning.published import published
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -207,6 +210,8 @@ def test_shards_add_up_to_the_published_model_and_its_tensors_fit_them(
     from megatron_opdlm.checkpointing import hf_qwen3
 
     monkeypatch.setattr(hf_qwen3, "SafetensorsReader", lambda folder: MetaFolder(reference_tensors(name)))
+    # without numbers none is infinite
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda tensor: torch.ones((), dtype=torch.bool, device="cpu"))
     with last_rank(size, num_expert_ranks) as (parallel, groups):
         model = build_on_meta(architecture, parallel)
         with torch.device("meta"):  # a piece of another shape than its parameter would raise
@@ -215,6 +220,20 @@ def test_shards_add_up_to_the_published_model_and_its_tensors_fit_them(
     padding = architecture.padded_vocab_size(128, size) - architecture.vocab_size
     num_tables = 1 if architecture.tie_word_embeddings else 2
     assert total == SHAPES[name][2] + num_tables * padding * architecture.hidden_size
+
+
+@pytest.mark.parametrize(("name", "size", "num_expert_ranks"), LAYOUTS)
+def test_a_plan_has_every_parameter_of_a_shard_in_its_order(name, size, num_expert_ranks, architecture):
+    with last_rank(size, num_expert_ranks) as (parallel, _):
+        elements = [parameter.numel() for parameter in build_on_meta(architecture, parallel).parameters()]
+    layout = Layout.of(parallel, size * num_expert_ranks)
+    (planned,) = rank_parameters(architecture, layout, architecture.padded_vocab_size(128, size), stage=0)
+    assert [parameter.num_elements for parameter in planned] == elements
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith("Qwen/Qwen3-")])
+def test_plans_by_name_are_of_the_published_shape(name, architecture):
+    assert published(name) == architecture
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -56,6 +56,7 @@ def metrics(world_of_one) -> StepMetrics:
 def sums(loss: float, rows: int, trained: int, agreements: int, gap: float, committed: int) -> dict[str, float]:
     return {
         "grad_norm": 1.0,
+        "is_skipped": 0.0,
         "loss": loss,
         "loss_count": rows,
         "trained_tokens": trained,
@@ -108,6 +109,27 @@ def test_true_flops_count_every_row_with_its_trained_positions(metrics):
 
 def test_the_threshold_is_logged(metrics):
     assert of_step(metrics)["rollout/dynamic_threshold"] == 0.75
+
+
+def test_a_step_that_was_skipped_is_counted_and_in_no_mean(metrics):
+    taken = sums(4.0, 2, 10, 5, 0.2, 4) | {"student_entropy": 15.0}
+    skipped = sums(float("inf"), 2, 30, 30, float("nan"), 9) | {"grad_norm": float("nan"), "is_skipped": 1.0}
+    settings = {"lr": 1e-5, "length_limit": 8, "dynamic_threshold": 0.75}
+    values = metrics.of_step(
+        [trajectory([1, 1, 1, 1], 3, "length")], rows(), [taken, skipped], {"total": 2.0}, **settings
+    )
+    assert values["train/skipped_steps"] == 1
+    assert (values["train/loss"], values["train/grad_norm"], values["train/trained_tokens"]) == (2.0, 1.0, 10)
+    assert values["train/student_entropy"] == 1.5
+
+
+def test_what_went_wrong_in_the_rollout_is_counted(metrics):
+    settings = {"lr": 1e-5, "length_limit": 8, "dynamic_threshold": 0.75}
+    made = [trajectory([1, 1, 1, 1], 1, "not_finite"), trajectory([1, 1, 1, 1], 4, "length")]
+    values = metrics.of_step(made, rows(), [sums(4.0, 2, 10, 5, 0.2, 4)], {"total": 2.0}, **settings)
+    assert values["rollout/not_finite"] == 1
+    assert values["rollout/repetition_rate"] == 0
+    assert values["train/skipped_steps"] == 0
 
 
 def test_totals_go_on_from_a_saved_state(metrics):

@@ -1,0 +1,1 @@
+"""What a run will need and take, worked out before it starts: memory, operations, messages, seconds, layouts."""
