@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_opdlm.config.schema import Config, CurriculaConfig, DataConfig, ParallelConfig, TrainingConfig
@@ -74,15 +75,33 @@ def planned_bytes(config: Config, num_ranks: int, stage: int) -> dict[str, float
 
 
 def _peak_of_step(train_step, batch) -> int:
-    """The most bytes that were allocated at one time beyond what there was before the step."""
+    """The most bytes that were allocated within the step and alive at one time.
+
+    What an earlier step has left, as the dispatcher of a mixture does, is let go of within this one and not counted.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_step(batch)
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
+    alive: dict[int, int] = {}
+    total = peak = 0
+    for change in sorted(_allocations(profiler), key=lambda event: event.start_time_ns):
+        block = change.extra_fields
+        if block.alloc_size > 0:
+            alive[block.ptr] = block.alloc_size
+            total += block.alloc_size
+        else:
+            total -= alive.pop(block.ptr, 0)
+        peak = max(peak, total)
     return peak
+
+
+def _allocations(profiler):
+    """Every time that memory of a tensor was taken or given back."""
+    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            yield event
 
 
 def _lasting_bytes(trainable, teacher) -> dict[str, float]:
