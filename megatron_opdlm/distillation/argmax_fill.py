@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_opdlm.config.method import LogitShift
 from megatron_opdlm.diffusion.logit_shift import predicting_outputs_of_streams
 from megatron_opdlm.diffusion.states import OnPolicyStates
+from megatron_opdlm.distillation.chunked_loss import live_logits
 from megatron_opdlm.models.build import Qwen3Model
 from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.parallel.vocabulary_shard import VocabularyShard, global_argmax
@@ -81,10 +82,9 @@ def _most_likely(
     hidden_NH: torch.Tensor, weight_VH: torch.Tensor, shard: VocabularyShard, chunk_size: int
 ) -> torch.Tensor:
     """int64 [N]. Communicates over `shard.group`, whose ranks must all call it with the same N."""
-    is_dead_V = ~shard.is_live(hidden_NH.device)
+    dead_rows = shard.dead_rows.to(hidden_NH.device)
     ids = [torch.empty(0, dtype=torch.int64, device=hidden_NH.device)]
     for start in range(0, len(hidden_NH), chunk_size):
-        logits_CV = hidden_NH[start : start + chunk_size] @ weight_VH.t()
-        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-        ids.append(global_argmax([logits_CV.masked_fill(is_dead_V, -torch.inf)], shard)[1][0].long())
+        logits_CV = live_logits(hidden_NH[start : start + chunk_size], weight_VH, dead_rows)
+        ids.append(global_argmax([logits_CV], shard)[1][0].long())
     return torch.cat(ids)

@@ -71,7 +71,7 @@ def divergence_loss(
     assert len(student_weight_VH) == len(teacher_weight_VH) == shard.num_rows, "both weights must be this shard's rows"
     gradients = GradientSums(student_hidden_NH, student_weight_VH)
     figures_4N = torch.empty(4, len(student_hidden_NH), dtype=gradients.dtype, device=student_hidden_NH.device)
-    dead_rows = (~shard.is_live()).nonzero().flatten().to(student_hidden_NH.device)
+    dead_rows = shard.dead_rows.to(student_hidden_NH.device)
     with torch.no_grad():
         for start in range(0, len(student_hidden_NH), settings.chunk_size):
             chunk = slice(start, start + settings.chunk_size)

@@ -49,7 +49,7 @@ def cross_entropy_loss(
     `divergence_loss`; all ranks of `shard.group` must call it with the same N and `chunk_size`."""
     gradients = GradientSums(hidden_NH, weight_VH)
     report_2N = torch.empty(2, len(hidden_NH), dtype=gradients.dtype, device=hidden_NH.device)
-    dead_rows = (~shard.is_live()).nonzero().flatten().to(hidden_NH.device)
+    dead_rows = shard.dead_rows.to(hidden_NH.device)
     with torch.no_grad():
         for start in range(0, len(hidden_NH), chunk_size):
             chunk = slice(start, start + chunk_size)

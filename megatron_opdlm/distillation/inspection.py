@@ -185,7 +185,7 @@ def what_the_teacher_says(
     Where there are fewer than k tokens, the rest of the ids are of rows that take no part, at minus infinity.
     Communicates over `shard.group`: the k candidates and two numbers a position. Memory: two buffers `[N, V]`.
     """
-    dead_rows = (~shard.is_live()).nonzero().flatten().to(hidden_NH.device)
+    dead_rows = shard.dead_rows.to(hidden_NH.device)
     logits_NV = live_logits(hidden_NH, weight_VH, dead_rows)
     top_Nk, ids_Nk = global_top_logits(logits_NV, NUM_ALTERNATIVES, shard)
     highest_N1 = top_Nk[:, :1]

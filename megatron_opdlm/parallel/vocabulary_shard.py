@@ -5,7 +5,7 @@ the whole vocabulary needs only a few numbers per position from each rank; the l
 divergence and the drawing of tokens build on this.
 
     shard = VocabularyShard(first=0, num_rows=8, vocab_size=7, mask_token_id=6, group=None)
-    shard.is_live()                              # six times True, then the mask token and the padding: False
+    shard.dead_rows                              # 6 and 7: the mask token and the padding
     global_top_k(logits_NV, 2, shard)            # the ids of the two largest logits of every position
 
 Shapes: N positions, V vocabulary rows of this rank, k candidates, R ranks of the group, L stacked logits.
@@ -13,6 +13,7 @@ Shapes: N positions, V vocabulary rows of this rank, k candidates, R ranks of th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -53,10 +54,11 @@ class VocabularyShard:
         """This rank's place among them."""
         return 0 if self.group is None else self.group.rank()
 
-    def is_live(self, device: torch.device | None = None) -> torch.Tensor:
-        """bool [num_rows], by default on the CPU: the rows that take part, neither padding nor the mask token."""
-        ids = torch.arange(self.first, self.first + self.num_rows, device=device)
-        return (ids < self.vocab_size) & (ids != self.mask_token_id)
+    @functools.cached_property
+    def dead_rows(self) -> torch.Tensor:
+        """int64, on the CPU: the rows that take no part, those of padding and of the mask token."""
+        ids = torch.arange(self.first, self.first + self.num_rows)
+        return ((ids >= self.vocab_size) | (ids == self.mask_token_id)).nonzero()[:, 0]
 
     def locate(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(row on this rank, bool: is it on this rank) of each vocabulary id; the row is 0 for ids of other ranks."""

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_opdlm.parallel.device import to_device
 from megatron_opdlm.parallel.nucleus import fixed_point_masses, fraction_bits, keep_nucleus_
 from megatron_opdlm.parallel.vocabulary_shard import (
     VocabularyShard,
@@ -75,7 +76,7 @@ def draw_tokens(
     assert logits_NV.dtype is torch.float32, "confidences must not be quantised by a narrow format"
     assert uniforms_N.dtype is torch.float64, "a float32 uniform number cannot tell rare tokens apart"
     assert logits_NV.shape[1] == shard.num_rows, "the logits must be those of this shard's rows"
-    logits_NV.masked_fill_(~shard.is_live(logits_NV.device), -torch.inf)
+    logits_NV.index_fill_(1, to_device(shard.dead_rows, logits_NV.device), -torch.inf)
     largest_N, best_ids_N = (x_1N[0] for x_1N in global_argmax([logits_NV], shard))
     log_total_N = _log_total(logits_NV, largest_N, shard)
     if temperatures_N is None:
