@@ -18,8 +18,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megatron_opdlm.models.decoding_layer import DecodingLayer
 from megatron_opdlm.models.linear import ColumnLinear, RowLinear
-from megatron_opdlm.models.residual import AttentionResidual
 from megatron_opdlm.models.rms_norm import RMSNorm
 
 
@@ -39,7 +39,7 @@ def qwen3_block_spec(
     """The layers of this rank's pipeline stage. `core_attention` is called with Megatron's keyword arguments."""
     layer, norm = LAYERS[config.transformer_impl](config.qk_layernorm, config.num_moe_experts)
     layer.submodules.self_attention.submodules.core_attention = core_attention
-    layer.submodules.self_attn_bda = AttentionResidual
+    layer.module = DecodingLayer
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
     )

@@ -7,6 +7,7 @@ so the weight is marked and Megatron sums its gradient over the tensor-parallel 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 
@@ -21,9 +22,14 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., hidden_size], normalised over the last dimension."""
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normalised.to(hidden.dtype)
+        if torch.is_grad_enabled():
+            return self.weight * normalised(hidden, self.eps)
+        return normalised(hidden, self.eps).mul_(self.weight)
+
+
+def normalised(hidden: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / rms(x)` over the last dimension, before any weight."""
+    return F.rms_norm(hidden, hidden.shape[-1:], None, eps)
 
 
 def _device(config: TransformerConfig) -> torch.device | int | None:

@@ -5,9 +5,9 @@ training step's products, and a good part of a decoding step's time; while the s
 forward, and queries and keys turn together:
 
     rotation = Rotation.by(angles_TD, dtype)
-    query_TND, key_TGD = rotation.of(query_TND, key_TGD)
+    turned_TGJD = rotation.of(heads_TGJD)
 
-Legend: `T` tokens, `N` heads, `G` key-value heads, `D` head dimension.
+Legend: `T` tokens, `G` key-value heads, `J` the heads of a group, `D` head dimension.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 class Rotation:
     """By how much the vector of each token is turned."""
 
-    cos_T1D: torch.Tensor
-    signed_sin_T1D: torch.Tensor
+    cos_T11D: torch.Tensor
+    signed_sin_T11D: torch.Tensor
     """Negative in the first half, which takes the second half's numbers with the opposite sign."""
 
     @classmethod
@@ -30,11 +30,9 @@ class Rotation:
         """By these angles, the same in both halves of D; for vectors of the type `dtype`."""
         cos_TD, sin_TD = angles_TD.cos().to(dtype), angles_TD.sin().to(dtype)
         first_half, second_half = sin_TD.chunk(2, dim=-1)
-        return cls(cos_TD[:, None], torch.cat([-first_half, second_half], dim=-1)[:, None])
+        return cls(cos_TD[:, None, None], torch.cat([-first_half, second_half], dim=-1)[:, None, None])
 
-    def of(self, query_TND: torch.Tensor, key_TGD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The queries and the keys, turned: element i of the first half together with element i of the second."""
-        both = torch.cat([query_TND, key_TGD], dim=1)
-        halves_swapped = both.roll(both.shape[-1] // 2, dims=-1)
-        turned = (both * self.cos_T1D).add_(halves_swapped.mul_(self.signed_sin_T1D))
-        return turned.split([query_TND.shape[1], key_TGD.shape[1]], dim=1)
+    def of(self, heads_TGJD: torch.Tensor) -> torch.Tensor:
+        """The queries and keys, turned: element i of the first half together with element i of the second."""
+        halves_swapped = heads_TGJD.roll(heads_TGJD.shape[-1] // 2, dims=-1)
+        return (heads_TGJD * self.cos_T11D).add_(halves_swapped.mul_(self.signed_sin_T11D))

@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_opdlm.config.limits import drawn_together
 from megatron_opdlm.config.schema import Config
 from megatron_opdlm.observability import throughput
 from megatron_opdlm.observability.hardware import Gpu
 from megatron_opdlm.planning.layout import Layout
-from megatron_opdlm.planning.memory import DRAWN_TOGETHER, Models
+from megatron_opdlm.planning.memory import Models
 from megatron_opdlm.planning.rates import Rates, message_seconds
 from megatron_opdlm.planning.work import layer_messages, model_shape
 from megatron_opdlm.planning.workload import Workload
@@ -97,7 +98,8 @@ class DecodeStep:
             shape.num_experts_per_token * shape.hidden_size * shape.ffn_hidden_size
         )
         weights = shape.num_layers * (attention_and_router / size + self._mlp_weights(tokens))
-        weights += vocabulary * math.ceil(self._predictions(group) / DRAWN_TOGETHER)
+        together = drawn_together(self.models.padded_vocab_size(self.config) // size)
+        weights += vocabulary * math.ceil(self._predictions(group) / together)
         cached = 2 * shape.num_layers * shape.num_query_groups * shape.head_dim / size * group * self._context
         return self._itemsize * (weights + cached)
 

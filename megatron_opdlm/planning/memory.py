@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_opdlm.config.architecture import Qwen3Architecture
+from megatron_opdlm.config.limits import drawn_together
 from megatron_opdlm.config.schema import Config
 from megatron_opdlm.planning.activations import TokenShape, in_flight
 from megatron_opdlm.planning.layout import Layout
@@ -21,8 +22,6 @@ from megatron_opdlm.planning.parameters import count, gradient_buffers, largest,
 from megatron_opdlm.planning.workload import Workload, rows_per_response
 
 GIB = 2**30
-DRAWN_TOGETHER = 256
-"""Masked positions whose logits exist at one time in a rollout (`rollout.block_decoder`)."""
 PAGE = 256
 """Tokens of a page of the cache."""
 CACHE_SHARE = 0.8
@@ -199,8 +198,9 @@ def _decoding_bytes(models: Models, config: Config, layout: Layout) -> float:
     """Activations of the widest forward, and the logits of what is drawn together: in `dtype` and float32, as
     probabilities and a sorted copy."""
     shape = TokenShape.of(models.student, layout, models.layers, _itemsize(config))
-    logits = DRAWN_TOGETHER * models.padded_vocab_size(config) // layout.tensor * (_itemsize(config) + 12)
-    return config.rollout.max_tokens_in_flight * shape.forward_work_bytes() + logits
+    num_rows = models.padded_vocab_size(config) // layout.tensor
+    logits = drawn_together(num_rows) * num_rows
+    return config.rollout.max_tokens_in_flight * shape.forward_work_bytes() + logits * (_itemsize(config) + 12)
 
 
 def _cache_bytes_per_token(student: Qwen3Architecture, layout: Layout, itemsize: int) -> float:

@@ -18,7 +18,7 @@ from megatron_opdlm.config.schema import RolloutConfig
 from megatron_opdlm.models.attention.backend import AttentionCase
 from megatron_opdlm.rollout.flash_paged_attention import FlashPagedAttention, flash_refusal, load_kernel
 from megatron_opdlm.rollout.kv_cache import PagedAttention
-from megatron_opdlm.rollout.paged_attention import SdpaPagedAttention
+from megatron_opdlm.rollout.paged_attention import Heads, SdpaPagedAttention
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,9 @@ def choose_attention(rollout: RolloutConfig, model: TransformerConfig, device: t
         kernel = load_kernel(case)
         logger.info("rollout.attention flash: %s, pages of %d tokens", kernel.source, kernel.page_size)
         return lambda longest: FlashPagedAttention(rollout.block_size, kernel, device)
-    heads_per_group = model.num_attention_heads // model.num_query_groups
-    return lambda longest: SdpaPagedAttention(rollout.block_size, heads_per_group, longest, model.params_dtype, device)
+    num_groups = model.num_query_groups // model.tensor_model_parallel_size
+    heads = Heads(num_groups, model.num_attention_heads // model.num_query_groups)
+    return lambda longest: SdpaPagedAttention(rollout.block_size, heads, longest, model.params_dtype, device)
 
 
 def attention_case(model: TransformerConfig, device: torch.device) -> AttentionCase:

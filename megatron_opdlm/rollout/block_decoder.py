@@ -25,6 +25,7 @@ from dataclasses import replace
 
 import torch
 
+from megatron_opdlm.config.limits import drawn_together
 from megatron_opdlm.config.schema import RolloutConfig
 from megatron_opdlm.data.special_tokens import SpecialTokens
 from megatron_opdlm.diffusion.blocks import commit_schedule
@@ -44,9 +45,6 @@ from megatron_opdlm.rollout.scheduler import ForwardPlan, Scheduler
 from megatron_opdlm.rollout.statistics import RolloutStatistics
 from megatron_opdlm.rollout.token_sampling import Draws, draw_tokens
 from megatron_opdlm.rollout.turns import Work
-
-DRAWN_TOGETHER = 256
-"""Masked positions whose logits exist at one time."""
 
 
 class BlockDecoder:
@@ -81,6 +79,8 @@ class BlockDecoder:
         while num_rounds is None or num_rounds > 0:
             self.scheduler.admit()
             plan = self.scheduler.plan()
+            for pages in self.scheduler.take_pages_given_back():
+                self.cache.clear(pages)
             if not is_anyone_decoding(self.model, plan is not None):
                 return
             yield from self._keep_company() if plan is None else self._take_step(plan)
@@ -95,8 +95,7 @@ class BlockDecoder:
     def _take_step(self, plan: ForwardPlan) -> Work:
         """One forward; draws and commits for the sequences that denoise in it."""
         slots_D = plan.slots_A[plan.is_denoising_A]
-        place_DK = slots_D[:, None], self.slots.positions_of_blocks(slots_D)
-        is_masked_DK = self.slots.is_masked_BL[place_DK]
+        is_masked_DK = self.slots.is_masked_BL[slots_D[:, None], self.slots.positions_of_blocks(slots_D)]
         tokens = self._query_tokens(plan, is_masked_DK)
         hidden_NH = yield from self._forward(tokens)
         self.slots.num_cached_B[plan.slots_A] += plan.num_clean_A
@@ -107,7 +106,7 @@ class BlockDecoder:
             yield
         drawn_3M = shared.wait().cpu()
         if len(slots_D):
-            self._commit(slots_D, place_DK, is_masked_DK, drawn_3M)
+            self._commit(slots_D, is_masked_DK, drawn_3M)
             for slot in self.slots.advance(slots_D).tolist():
                 if self.slots.is_sick_B[slot]:
                     self.cache.clear(self.scheduler.pool.page_table_BP[slot])
@@ -178,6 +177,7 @@ class BlockDecoder:
         uniforms_M = to_device(self.slots.uniforms_BSK[slots_M, self.slots.step_B[slots_M], column_M], device)
         temperatures_M = self.slots.temperature_B[slots_M]
         is_greedy, temperatures_M = not temperatures_M.any(), to_device(temperatures_M, device)
+        together = drawn_together(self.shard.num_rows)
         drawn = [
             draw_tokens(
                 self.model.vocab_parallel_logits(hidden_NH).float(),
@@ -189,29 +189,21 @@ class BlockDecoder:
                 with_entropy=self.rollout.remasking_strategy == "entropy_bounded",
             )
             for hidden_NH, uniforms_N, temperatures_N in zip(
-                *(x.split(DRAWN_TOGETHER) for x in (hidden_MH, uniforms_M, temperatures_M)), strict=True
+                *(x.split(together) for x in (hidden_MH, uniforms_M, temperatures_M)), strict=True
             )
         ]
         return self.model.link.share(torch.cat([_as_numbers(draws) for draws in drawn], dim=1))
 
-    def _commit(
-        self,
-        slots_D: torch.Tensor,
-        place_DK: tuple[torch.Tensor, torch.Tensor],
-        is_masked_DK: torch.Tensor,
-        drawn_3M: torch.Tensor,
-    ) -> None:
+    def _commit(self, slots_D: torch.Tensor, is_masked_DK: torch.Tensor, drawn_3M: torch.Tensor) -> None:
         """Writes the tokens that the strategy selects, and with each its step and log-probability.
 
         A block with a logit that is not finite, which leaves no log-probability finite there, is filled with padding.
         """
-        ids_DK = torch.zeros(is_masked_DK.shape, dtype=torch.long)
-        log_probs_DK, entropy_DK = torch.full((2, *is_masked_DK.shape), float("-inf"))
-        ids_DK[is_masked_DK], log_probs_DK[is_masked_DK] = drawn_3M[0].long(), drawn_3M[1].float()
-        entropy_DK[is_masked_DK] = drawn_3M[2].float()
-        is_sick_D = (is_masked_DK & ~log_probs_DK.isfinite()).any(1)
-        ids_DK[is_sick_D], entropy_DK[is_sick_D] = self.special.pad_token_id, 0.0
-        log_probs_DK[is_sick_D] = 0.0
+        drawn_3DK = torch.zeros(3, *is_masked_DK.shape, dtype=torch.float64)
+        drawn_3DK[:, is_masked_DK] = drawn_3M
+        ids_DK, log_probs_DK, entropy_DK = drawn_3DK[0].long(), drawn_3DK[1].float(), drawn_3DK[2].float()
+        is_sick_D = (~log_probs_DK.isfinite()).any(1)
+        ids_DK[is_sick_D], log_probs_DK[is_sick_D], entropy_DK[is_sick_D] = self.special.pad_token_id, 0.0, 0.0
         step_D = self.slots.step_B[slots_D]
         is_committed_DK = select_commits(
             self.rollout.remasking_strategy,
@@ -226,7 +218,7 @@ class BlockDecoder:
         is_committed_DK |= is_masked_DK & is_sick_D[:, None]
         self.slots.is_sick_B[slots_D] = is_sick_D
         row, column = is_committed_DK.nonzero(as_tuple=True)
-        place = slots_D[row], place_DK[1][row, column]
+        place = slots_D[row], self.slots.block_start_B[slots_D[row]] + column
         self.slots.ids_BL[place] = ids_DK[is_committed_DK]
         self.slots.log_probs_BL[place] = log_probs_DK[is_committed_DK]
         self.slots.step_map_BL[place] = step_D[row] + 1

@@ -8,7 +8,7 @@ of them. What an entry looks like depends on nothing but K, so a forward's shape
 
     kernel = load_kernel(case)                                            # ValueError: a version that is not understood
     attention = FlashPagedAttention(block_size=4, kernel=kernel, device=device)
-    out_TND = attention.attend(attention.lay_out(tokens), query_TND, key_pages, value_pages, scale)
+    out_TND = attention.attend(attention.lay_out(tokens), heads_TGJD, key_pages, value_pages, scale)
 
 The cost: n blocks of a prompt that are read in one forward read their common prefix n times, where a kernel with tiles
 of 128 queries reads it n K / 128 times for each head. Beside the linear layers that is little for prompts of a few
@@ -16,7 +16,8 @@ thousand tokens, and denoising steps, which are nearly all forwards, have nothin
 
 Read for this: flash-attn 2.7.0 to 2.8.4, flash-attn 3 from January 2025 to August 2026. Not yet run on a GPU.
 
-Legend: `T` tokens, `E` entries, `W` positions of each, `P` pages, `N` heads, `G` key-value heads, `D` head dimension.
+Legend: `T` tokens, `E` entries, `W` positions of each, `P` pages, `N` heads, `G` key-value heads, `J` the heads of a
+group: queries and behind them their key, `D` head dimension.
 """
 
 from __future__ import annotations
@@ -151,11 +152,17 @@ class FlashPagedAttention:
         return Entries(*on_device)
 
     def attend(
-        self, layout: Entries, query_TND: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, scale: float
+        self,
+        layout: Entries,
+        heads_TGJD: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        scale: float,
+        read_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[T, N, D]`, from pages `[pages, page_size, G, D]`."""
-        num_entries, num_groups = len(layout.lengths_E), key_pages.shape[2]
-        # [T, N, D] -> [E, K, G, heads per group, D] -> [E, K, heads per group, G, D]
-        grouped = query_TND.unflatten(1, (num_groups, -1)).unflatten(0, (num_entries, -1)).transpose(2, 3)
+        """`[T, N, D]`, from pages `[pages, page_size, G, D]`; with `read_N` the rows of these tokens."""
+        # [T, G, heads per group, D] -> [E, K, heads per group, G, D]
+        grouped = heads_TGJD[:, :, :-1].unflatten(0, (len(layout.lengths_E), -1)).transpose(2, 3)
         attended = self.kernel(grouped.flatten(1, 2), key_pages, value_pages, layout, scale)
-        return attended.view(grouped.shape).transpose(2, 3).reshape(query_TND.shape)
+        out_TND = attended.view(grouped.shape).transpose(2, 3).flatten(2, 3).flatten(0, 1)
+        return out_TND if read_N is None else out_TND.index_select(0, read_N)

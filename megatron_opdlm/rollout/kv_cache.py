@@ -12,8 +12,8 @@ once per forward, on the host:
 A token attends to its sequence's cached tokens of its own block and of earlier blocks. The entries of a block are
 overwritten by each denoising step, and a last time, by its clean tokens, when the next block begins.
 
-Legend: `T` tokens of a forward, `A` sequences of it, `P` pages of a sequence, `N` heads, `G` key-value heads, `D` head
-dimension.
+Legend: `T` tokens of a forward, `A` sequences of it, `P` pages of a sequence, `N` heads, `G` key-value heads, `J` the
+heads of a group: queries and behind them their key, `D` head dimension.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from megatron_opdlm.models.attention.core_attention import CoreAttention
+from megatron_opdlm.models.decoding_layer import DecodingLayer
 from megatron_opdlm.models.pipeline import PipelineModel
 from megatron_opdlm.models.rotary import Rotation
 from megatron_opdlm.parallel.device import to_device
@@ -52,12 +53,12 @@ class QueryTokens:
     read_N: torch.Tensor | None = None
     """Which tokens of the list have an output that somebody reads; None: all of them."""
 
-    @property
+    @cached_property
     def starts_A(self) -> torch.Tensor:
         """Where in the list each sequence's tokens begin."""
         return self.counts_A.cumsum(0) - self.counts_A
 
-    @property
+    @cached_property
     def end_A(self) -> torch.Tensor:
         """Behind the last position of each sequence here: so many tokens it has in the cache when they are read."""
         return self.first_A + self.counts_A
@@ -92,9 +93,18 @@ class PagedAttention(Protocol[Layout]):
         ...
 
     def attend(
-        self, layout: Layout, query_TND: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, scale: float
+        self,
+        layout: Layout,
+        heads_TGJD: torch.Tensor,
+        key_pages: torch.Tensor,
+        value_pages: torch.Tensor,
+        scale: float,
+        read_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[T, N, D]`, from pages `[pages, page_size, G, D]`."""
+        """`[T, N, D]`, from pages `[pages, page_size, G, D]`; with the layout's `read_N` the rows of these tokens.
+
+        The keys among the heads are in the pages already.
+        """
         ...
 
 
@@ -146,21 +156,20 @@ class KeyValueCache:
         self._placed, self._rotation = placed, rotation
 
     def attend(
-        self, layer_number: int, query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, scale: float
+        self, layer_number: int, heads_TGJD: torch.Tensor, value_TGD: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Turns queries and keys, stores keys and values at their tokens' places, attends to everything visible.
 
-        `[T, N, D]`; in the last layer the rows that are read. Tokens beyond those of `begin_forward` are padding of the
-        sequence-parallel shards; they get zeros.
+        The heads of a group J are its queries and behind them its key. `[T, N, D]`; in the last layer the rows that are
+        read. Tokens beyond those of `begin_forward` are padding of the sequence-parallel shards; they get zeros.
         """
         num_tokens = len(self._placed.ids_T)
-        turned_TND, turned_TGD = self._rotation.of(query_TND[:num_tokens], key_TGD[:num_tokens])
-        keys = self._store(layer_number, self._keys, turned_TGD)
+        turned_TGJD = self._rotation.of(heads_TGJD[:num_tokens])
+        keys = self._store(layer_number, self._keys, turned_TGJD[:, :, -1])
         values = self._store(layer_number, self._values, value_TGD[:num_tokens])
-        out = self.attention.attend(self._placed.layout, turned_TND, keys, values, scale)
-        if layer_number == self.last_layer:
-            out = self.outputs_read(out)
-        padding = len(query_TND) - num_tokens
+        read_N = self._placed.read_N if layer_number == self.last_layer else None
+        out = self.attention.attend(self._placed.layout, turned_TGJD, keys, values, scale, read_N)
+        padding = len(heads_TGJD) - num_tokens
         return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
 
     def outputs_read(self, rows_T: torch.Tensor) -> torch.Tensor:
@@ -177,16 +186,14 @@ class KeyValueCache:
 
 @contextmanager
 def attached(model: PipelineModel, cache: KeyValueCache) -> Iterator[None]:
-    """While it lasts, the model's core attention decodes against `cache`, and its last layer does what is read."""
-    parts = [module for module in model.modules() if isinstance(module, CoreAttention)]
-    assert parts, "no attention to attach a cache to"
-    if model.is_last_stage:
-        parts.append(model.chunks[-1].decoder.layers[-1].self_attn_bda)
+    """While it lasts, the model's layers decode against `cache`."""
+    layers = [module for module in model.modules() if isinstance(module, DecodingLayer)]
+    assert layers, "no layer to attach a cache to"
     cache.last_layer = model.config.num_layers
-    for part in parts:
-        part.cache = cache
+    for layer in layers:
+        layer.cache = cache
     try:
         yield
     finally:
-        for part in parts:
-            part.cache = None
+        for layer in layers:
+            layer.cache = None

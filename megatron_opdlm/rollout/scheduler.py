@@ -56,16 +56,21 @@ class Scheduler:
         self._block_tokens = rollout.block_size if rollout.reads_block else 0
         self._by_age: list[int] = []
         """The slots that have a sequence, the longest admitted one first."""
+        self._given_back: list[torch.Tensor] = []
 
     @property
     def num_active(self) -> int:
         """Sequences that have a slot."""
         return len(self._by_age)
 
+    @property
+    def num_empty(self) -> int:
+        """Slots that have none."""
+        return len(self.slots.requests) - self.num_active
+
     def admit(self, at_most: int | None = None) -> int:
         """Gives waiting sequences a slot, in their order, as long as there is room for the next one; their number."""
-        num_empty = len(self.slots.requests) - self.num_active
-        limit = num_empty if at_most is None else min(num_empty, at_most)
+        limit = self.num_empty if at_most is None else min(self.num_empty, at_most)
         num_admitted = 0
         while num_admitted < limit and self.waiting and self._has_room(self.waiting[0]):
             slot, waiting = self.slots.requests.index(None), self.waiting.popleft()
@@ -95,6 +100,19 @@ class Scheduler:
             torch.tensor([chunks[slot][1] for slot in slots]),
         )
 
+    def take_pages_given_back(self) -> list[torch.Tensor]:
+        """The pages of each sequence that has been preempted since the last call, whatever has been written to them.
+
+        They are free, or belong to others who have not read them yet.
+        """
+        taken, self._given_back = self._given_back, []
+        return taken
+
+    def room(self) -> int:
+        """Sequences of one page each that `admit` would give a slot."""
+        by_budget = self._budget // (2 * self._block_size) - self.num_active
+        return min(self.num_empty, self.pool.num_free, max(by_budget, int(self.num_active == 0)))
+
     def finish(self, slot: int) -> tuple[int, Trajectory]:
         """The index and the trajectory of a request that is done; its slot and its pages are free again."""
         self._by_age.remove(slot)
@@ -111,9 +129,12 @@ class Scheduler:
             return True
         if 2 * self._block_size * (self.num_active + 1) > self._budget:
             return False
+        num_pages = self.pool.pages_for(self._first_tokens(waiting))
+        if num_pages + self.num_active <= self.pool.num_free:
+            return True
         active = torch.tensor(self._by_age)
         num_growing = int((self.slots.end_B[active] > self.pool.capacity_B[active]).sum())
-        return self.pool.pages_for(self._first_tokens(waiting)) + num_growing <= self.pool.num_free
+        return num_pages + num_growing <= self.pool.num_free
 
     def _first_tokens(self, waiting: Waiting) -> int:
         """Tokens in the cache when a waiting sequence takes its next denoising step."""
@@ -123,6 +144,8 @@ class Scheduler:
 
     def _share_budget(self, lacking: list[int]) -> dict[int, tuple[int, bool]]:
         """Slot -> clean tokens to read, and whether a denoising step follows; by what each lacks."""
+        if sum(lacking[slot] for slot in self._by_age) + self._block_tokens * self.num_active <= self._budget:
+            return {slot: (lacking[slot], True) for slot in self._by_age}
         chunks, left = {}, self._budget
         # a block to commit is no prefill; the sort keeps the order of age
         for slot in sorted(self._by_age, key=lambda slot: lacking[slot] > self._block_size):
@@ -142,6 +165,7 @@ class Scheduler:
         """Takes the slot and the pages from the sequence admitted last; it waits in front of all others."""
         assert len(self._by_age) > 1, "the cache holds any one sequence"
         slot = self._by_age.pop()
+        self._given_back.append(self.pool.page_table_BP[slot].clone())
         self.pool.release(slot)
         self.waiting.appendleft(self.slots.suspend(slot))
         self.num_preemptions += 1

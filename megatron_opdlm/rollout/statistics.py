@@ -36,7 +36,7 @@ class RolloutStatistics:
     num_pairs: int = 0
     """Query-key pairs that attention has worked on, per layer and head."""
     num_hidden_pairs: int = 0
-    """Those of them that a mask hid: keys that fill up shorter sequences, and what a prompt's tile may not see."""
+    """Those of them that a mask hid: keys that fill up a sequence, and what a prompt's tile may not see."""
     num_preemptions: int = 0
     """Times that a sequence had to give its pages back before it was done."""
     num_pages: int = 0

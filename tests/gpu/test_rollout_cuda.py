@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megatron_opdlm.config.schema import ParallelConfig, PrecisionConfig, RolloutConfig
 from megatron_opdlm.data.prompts import Prompt
@@ -56,11 +57,11 @@ def generate(student, **settings):
 
 def attention_of(name: str, block_size: int, longest: int):
     from megatron_opdlm.rollout.flash_paged_attention import FlashPagedAttention, flash_refusal, load_kernel
-    from megatron_opdlm.rollout.paged_attention import SdpaPagedAttention
+    from megatron_opdlm.rollout.paged_attention import Heads, SdpaPagedAttention
 
     device = torch.device("cuda")
     if name == "sdpa":
-        return SdpaPagedAttention(block_size, HEADS // GROUPS, longest, torch.bfloat16, device)
+        return SdpaPagedAttention(block_size, Heads(GROUPS, HEADS // GROUPS), longest, torch.bfloat16, device)
     case = AttentionCase(
         device_type="cuda",
         compute_capability=torch.cuda.get_device_capability(),
@@ -86,7 +87,8 @@ def test_attention_over_pages_is_that_of_a_mask_in_float64(name, block_size):
     num_tokens = int(counts.sum())
     query_TND = torch.randn(num_tokens, HEADS, DIM, device="cuda", generator=generator).bfloat16()
     tokens = QueryTokens(torch.zeros(num_tokens).long(), first, counts, tables)
-    actual_TND = attention.attend(attention.lay_out(tokens), query_TND, keys, values, DIM**-0.5)
+    heads_TGJD = F.pad(query_TND.unflatten(1, (GROUPS, -1)), (0, 0, 0, 1))
+    actual_TND = attention.attend(attention.lay_out(tokens), heads_TGJD, keys, values, DIM**-0.5)
     clean = torch.zeros((), dtype=torch.bool)
     for row, (queries, out) in enumerate(
         zip(query_TND.split(counts.tolist()), actual_TND.split(counts.tolist()), strict=True)

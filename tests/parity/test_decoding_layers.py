@@ -32,10 +32,9 @@ def test_queries_and_keys_turn_bit_for_bit_as_in_megatron(dtype):
 
     torch.manual_seed(0)
     angles_TD = (torch.arange(5.0)[:, None] * torch.tensor([1.0, 0.3, 0.1])).repeat(1, 2)
-    query_TND, key_TGD = torch.randn(5, 4, 6, dtype=dtype), torch.randn(5, 2, 6, dtype=dtype)
-    for turned, plain in zip(Rotation.by(angles_TD, dtype).of(query_TND, key_TGD), (query_TND, key_TGD), strict=True):
-        expected = _apply_rotary_pos_emb_bshd(plain[:, None], angles_TD[:, None, None])[:, 0]
-        assert torch.equal(turned, expected)
+    heads_TGJD = torch.randn(5, 2, 3, 6, dtype=dtype)
+    expected = _apply_rotary_pos_emb_bshd(heads_TGJD.flatten(1, 2)[:, None], angles_TD[:, None, None])[:, 0]
+    assert torch.equal(Rotation.by(angles_TD, dtype).of(heads_TGJD), expected.unflatten(1, (2, 3)))
 
 
 def test_linear_layers_give_the_same_with_gradients_and_without(student):
@@ -48,6 +47,60 @@ def test_linear_layers_give_the_same_with_gradients_and_without(student):
             actual, bias = linear(input_SBH)
         assert bias is None
         torch.testing.assert_close(actual, expected.detach(), rtol=1e-6, atol=1e-6)
+
+
+class OtherNorm(torch.nn.Module):
+    """What is not our own, as Transformer Engine's."""
+
+    def __init__(self, norm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, hidden):
+        return self.norm(hidden)
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_queries_keys_and_values_are_bit_for_bit_those_of_megatron(student, monkeypatch, is_own):
+    layer, hidden_T1H = student.chunks[0].decoder.layers[0], torch.randn(5, 1, student.config.hidden_size)
+    attention = layer.self_attention
+    with torch.no_grad():
+        for norm in (attention.q_layernorm, attention.k_layernorm):
+            norm.weight.uniform_(0.5, 1.5)
+        expected = attention.get_query_key_value_tensors(hidden_T1H)
+        if is_own:
+            monkeypatch.setattr(attention, "get_query_key_value_tensors", unasked)
+        else:
+            attention.q_layernorm, attention.k_layernorm = (
+                OtherNorm(attention.q_layernorm),
+                OtherNorm(attention.k_layernorm),
+            )
+        heads_TGJD, value_TGD = layer._heads(hidden_T1H)
+    actual = heads_TGJD[:, :, :-1].flatten(1, 2), heads_TGJD[:, :, -1], value_TGD
+    for ours, megatrons in zip(actual, expected, strict=True):
+        assert torch.equal(ours, megatrons[:, 0])
+
+
+def unasked(*_, **__):
+    raise AssertionError("the shorter way goes past this")
+
+
+def test_the_gated_product_is_bit_for_bit_that_of_megatron(student, monkeypatch):
+    layer, hidden_T1H = student.chunks[0].decoder.layers[0], torch.randn(5, 1, student.config.hidden_size)
+    with torch.no_grad():
+        expected, _ = layer.mlp(hidden_T1H)
+        monkeypatch.setattr(layer.mlp, "forward", unasked)
+        assert torch.equal(layer._mlp(hidden_T1H)[0], expected)
+
+
+def test_other_activations_are_left_to_megatron(student, monkeypatch):
+    layer, hidden_T1H = student.chunks[0].decoder.layers[0], torch.randn(5, 1, student.config.hidden_size)
+    for name, value in (("bias_activation_fusion", True), ("use_te_activation_func", True), ("glu_linear_offset", 1.0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(layer.config, name, value)
+            patch.setattr(layer.mlp, "forward", unasked)
+            with pytest.raises(AssertionError, match="shorter way"):
+                layer._mlp(hidden_T1H)
 
 
 def test_the_last_layer_works_on_tokens_that_are_read_alone(student):
@@ -67,13 +120,14 @@ def decoded(model, tokens) -> tuple[torch.Tensor, list[int]]:
     """The outputs of a forward, and how many tokens the MLP of each layer had."""
     from megatron_opdlm.rollout.forward import cached_forward
     from megatron_opdlm.rollout.kv_cache import KeyValueCache, attached
-    from megatron_opdlm.rollout.paged_attention import SdpaPagedAttention
+    from megatron_opdlm.rollout.paged_attention import Heads, SdpaPagedAttention
 
-    heads_per_group = model.config.num_attention_heads // model.config.num_query_groups
-    cache = KeyValueCache(3, SdpaPagedAttention(4, heads_per_group, 8, torch.float32, CPU), CPU)
+    num_groups = model.config.num_query_groups
+    heads = Heads(num_groups, model.config.num_attention_heads // num_groups)
+    cache = KeyValueCache(3, SdpaPagedAttention(4, heads, 8, torch.float32, CPU), CPU)
     rows = []
     hooks = [
-        layer.mlp.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+        layer.mlp.linear_fc1.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
         for layer in model.chunks[0].decoder.layers
     ]
     with attached(model, cache), torch.no_grad():
@@ -97,3 +151,30 @@ def test_trajectories_may_be_saved_for_a_backward_pass(student):
     weight_V = torch.ones(41, requires_grad=True)
     (weight_V[trajectory.terminal_ids_T].sum() + (weight_V[0] * trajectory.log_probs_R).sum()).backward()
     assert weight_V.grad.sum() == len(trajectory.terminal_ids_T) + trajectory.log_probs_R.sum()
+
+
+def test_blocks_that_are_committed_together_have_their_pages_side_by_side(student, monkeypatch):
+    from megatron_opdlm.config.schema import RolloutConfig
+    from megatron_opdlm.data.prompts import Prompt
+    from megatron_opdlm.data.special_tokens import SpecialTokens
+    from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
+    from megatron_opdlm.rollout.paged_attention import SdpaPagedAttention
+
+    call, commits = SdpaPagedAttention._call, []
+
+    def record(self, tokens, queries):
+        made, is_read = call(self, tokens, queries), torch.isin(queries.tokens_AW, tokens.read_N).any()
+        if not is_read and int(queries.first_A.min()) >= 8:  # behind every prompt
+            commits.append(made)
+        return made
+
+    monkeypatch.setattr(SdpaPagedAttention, "_call", record)
+    special = SpecialTokens(vocab_size=41, mask_token_id=40, end_token_ids=(), pad_token_id=0)
+    rollout = RolloutConfig(block_size=4, denoising_steps_per_block=4, remasking_strategy="low_confidence_static")
+    engine = RolloutEngine(student, rollout, special, seed=0)
+    tasks = [
+        RolloutTask(Prompt(place, tuple(range(1, 5 + place % 5)) + (9, 10) * (place % 2)), 16) for place in range(12)
+    ]
+    engine.generate(tasks, step=0)
+    assert len(commits) >= 8
+    assert all(isinstance(commit.pages, slice) for commit in commits)

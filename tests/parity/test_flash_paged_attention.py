@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megatron_opdlm.config.schema import ParallelConfig, RolloutConfig
 from megatron_opdlm.data.prompts import Prompt
@@ -103,7 +104,8 @@ def test_attention_is_that_of_a_mask_in_float64(num_heads, num_groups):
     tables, first, counts = [[3, 1, 0], [5, 2, 4]], [4, 0], [4, 12]
     query_TND = torch.randn(16, num_heads, 8, dtype=torch.float64, generator=generator)
     tokens = QueryTokens(torch.zeros(16).long(), torch.tensor(first), torch.tensor(counts), torch.tensor(tables))
-    actual_TND = attention.attend(attention.lay_out(tokens), query_TND, *pages, 0.3)
+    heads_TGJD = F.pad(query_TND.unflatten(1, (num_groups, -1)), (0, 0, 0, 1))
+    actual_TND = attention.attend(attention.lay_out(tokens), heads_TGJD, *pages, 0.3)
     clean = torch.zeros((), dtype=torch.bool)
     for table, start, queries_WND, out_WND in zip(
         tables, first, query_TND.split(counts), actual_TND.split(counts), strict=True
@@ -156,7 +158,13 @@ def test_a_package_without_the_function_is_refused():
 
 # --- the choice -------------------------------------------------------------------------------------------------------
 
-MODEL = SimpleNamespace(num_attention_heads=4, num_query_groups=2, params_dtype=torch.float32, kv_channels=12)
+MODEL = SimpleNamespace(
+    num_attention_heads=4,
+    num_query_groups=2,
+    tensor_model_parallel_size=1,
+    params_dtype=torch.float32,
+    kv_channels=12,
+)
 HOPPER = {"device_type": "cuda", "compute_capability": (9, 0), "dtype": torch.bfloat16, "head_dim": 128}
 
 

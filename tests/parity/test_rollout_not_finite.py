@@ -116,6 +116,34 @@ def test_a_prompt_that_is_sick_gives_a_block_that_is_trained_nowhere(student, ca
     assert states.prompt_ids_B.tolist() == [100 + row for row in range(len(PROMPT_LENGTHS))]
 
 
+def test_the_pages_of_a_sick_sequence_that_is_preempted_harm_nobody(student):
+    """The sick prompt is read in chunks; half way, the other sequence takes its pages, and grows into them."""
+    from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
+
+    model, special = student
+    generator = torch.Generator().manual_seed(0)
+    others, sick = (torch.randint(0, SICK_TOKEN, (length,), generator=generator).tolist() for length in (14, 240))
+    sick[2] = SICK_TOKEN
+    tasks = [RolloutTask(Prompt(1, tuple(others)), 256), RolloutTask(Prompt(2, tuple(sick)), 8)]
+    page = 16 * 2 * 2 * 2 * 12 * 4 / 2**30
+    rollout = RolloutConfig(
+        max_new_tokens=256, batch_size=2, max_tokens_in_flight=16, cache_gib=19.5 * page, stop_token_ids=[]
+    )
+
+    def decode() -> list[Trajectory]:
+        engine = RolloutEngine(model, rollout, special, seed=1)
+        trajectories = engine.generate(tasks, step=0)
+        assert engine.statistics.num_preemptions >= 1
+        return trajectories
+
+    expected, _ = decode()
+    make_sick(student)
+    actual, of_sick = decode()
+    assert of_sick.stop_reason == "not_finite"
+    assert SICK_TOKEN not in expected.terminal_ids_T and len(expected.terminal_ids_T) > 64
+    assert_same(actual, expected)
+
+
 @pytest.mark.parametrize("sick", [torch.nan, torch.inf])
 @pytest.mark.parametrize("temperature", [None, 0.0, 0.7])
 @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.5}])

@@ -181,16 +181,16 @@ def fp8_students_regions(folder, recipe: str, monkeypatch, run) -> int:
 def test_training_runs_in_fp8_and_rollout_does_not(tmp_path, world_of_one, monkeypatch, recipe, regions):
     from megatron_opdlm.rollout.forward import cached_forward
     from megatron_opdlm.rollout.kv_cache import KeyValueCache, QueryTokens, attached
-    from megatron_opdlm.rollout.paged_attention import SdpaPagedAttention
+    from megatron_opdlm.rollout.paged_attention import Heads, SdpaPagedAttention
 
     folder = make_tiny_qwen3(tmp_path)
-    positions = torch.arange(4)
+    positions, cpu = torch.arange(4), torch.device("cpu")
 
     def train(model) -> None:
         model(torch.zeros(2, 4, dtype=torch.long), positions, torch.tensor([4]))
 
     def roll_out(model) -> None:
-        cache = KeyValueCache(1, SdpaPagedAttention(4, 2, 4, torch.float32, torch.device("cpu")), torch.device("cpu"))
+        cache = KeyValueCache(1, SdpaPagedAttention(4, Heads(2, 2), 4, torch.float32, cpu), cpu)
         tokens = QueryTokens(positions, torch.tensor([0]), torch.tensor([4]), torch.tensor([[0]]))
         with attached(model, cache), torch.no_grad():
             for _ in cached_forward(model, cache, cache.place(tokens)):

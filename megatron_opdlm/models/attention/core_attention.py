@@ -2,15 +2,11 @@
 
 Both take Megatron's `[S, B, heads, D]` queries, keys and values after QK-norm and RoPE and return `[S, B, heads * D]`.
 Where ranks share sequences, `S` is this rank's part of the positions; in between, it attends to all positions of its
-part of the heads (`parallel.context_link`). The student's input is either two streams stacked in the batch dimension
-(training) or a flat list of tokens that a key-value cache knows how to place (rollout); the same weights, the same
-module. The teacher's is rows, or such a list where it decodes: then the cache's blocks are single tokens. With a cache
-attached, queries and keys come before RoPE: the cache knows the positions and turns them itself.
+part of the heads (`parallel.context_link`). The student's input is two streams stacked in the batch dimension, the
+teacher's is rows. A model that decodes attends to a key-value cache instead (`models.decoding_layer`).
 """
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,24 +18,8 @@ from megatron_opdlm.models.attention.backend import AttentionBackend, Streams
 from megatron_opdlm.parallel.context_link import ContextLink
 
 
-class KeyValueCache(Protocol):
-    """What core attention needs of a cache while its model decodes."""
-
-    def attend(
-        self, layer_number: int, query_TND: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Applies RoPE, stores the keys and values, attends to everything visible.
-
-        Returns `[T, N, D]`, or in the model's last layer the rows of tokens whose outputs are read.
-        """
-        ...
-
-
 class CoreAttention(MegatronModule):
-    """What both share: the constructor that Megatron's specs call, the softmax scale, the link of shared sequences.
-
-    While a model decodes, it has a key-value `cache`.
-    """
+    """What both share: the constructor that Megatron's specs call, the softmax scale, the link of shared sequences."""
 
     def __init__(
         self,
@@ -53,19 +33,14 @@ class CoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.context = ContextLink(None if pg_collection is None else pg_collection.cp)
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
-        self.cache: KeyValueCache | None = None
-
-    def attend_to_cache(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """`[T, 1, heads, D]` -> `[T, 1, heads * D]`, or the rows that the cache returns, with a cache attached."""
-        return self.cache.attend(self.layer_number, query[:, 0], key[:, 0], value[:, 0], self.scale).flatten(1)[:, None]
 
 
 class BlockDiffusionCoreAttention(CoreAttention):
-    """Block-diffusion attention over a clean and a noisy stream, or over a key-value cache while one is attached.
+    """Block-diffusion attention over a clean and a noisy stream.
 
-    In training the batch holds the clean rows, then the noisy ones, and `attention_mask` carries their lengths as an
-    integer tensor `[B]`: a tensor argument survives activation recompute and interleaved pipeline micro-batches, which
-    a field set on the module would not.
+    The batch holds the clean rows, then the noisy ones, and `attention_mask` carries their lengths as an integer tensor
+    `[B]`: a tensor argument survives activation recompute and interleaved pipeline micro-batches, which a field set on
+    the module would not.
     """
 
     def __init__(
@@ -90,9 +65,7 @@ class BlockDiffusionCoreAttention(CoreAttention):
         /,
         **_: object,
     ) -> torch.Tensor:
-        """`[S, 2B, heads, D]` with lengths `[B]` as the mask, or `[T, 1, heads, D]` with a cache attached."""
-        if self.cache is not None:
-            return self.attend_to_cache(query, key, value)
+        """`[S, 2B, heads, D]` with lengths `[B]` as the mask."""
         query, key, value = self.context.whole_sequences(query, key, value)
         # [S, 2B, heads, D] -> three tensors [B, S, heads, D] for each stream
         clean, noisy = zip(*(x.transpose(0, 1).chunk(2) for x in (query, key, value)), strict=True)
@@ -119,9 +92,7 @@ class CausalCoreAttention(CoreAttention):
         /,
         **_: object,
     ) -> torch.Tensor:
-        """`[S, B, heads, D]` -> `[S, B, heads * D]`, or `[T, 1, heads, D]` with a cache attached."""
-        if self.cache is not None:
-            return self.attend_to_cache(query, key, value)
+        """`[S, B, heads, D]` -> `[S, B, heads * D]`."""
         if attention_mask is not None:
             return self._attend_under(attention_mask, query, key, value)
         query, key, value = (x.permute(1, 2, 0, 3) for x in self.context.whole_sequences(query, key, value))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import doctest
 from dataclasses import replace
 
 import pytest
 
+from megatron_opdlm.config import limits
 from megatron_opdlm.config.schema import (
     Config,
     DataConfig,
@@ -178,3 +180,9 @@ def test_lengths_have_the_mean_asked_for_and_stay_within_the_limit():
 def test_a_workload_that_no_rollout_can_have_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong)).replace("_", "-")):
         Workload.of(CONFIG, **wrong)
+
+
+def test_as_many_positions_are_drawn_together_as_the_vocabulary_leaves_room_for():
+    assert doctest.testmod(limits).failed == 0
+    small, large = (limits.drawn_together(num_rows) * num_rows for num_rows in (1000, 152_064))
+    assert small <= 2**22 < large == 256 * 152_064

@@ -143,3 +143,30 @@ def test_a_rank_alone_gets_everything_at_once():
 
     queue = WorkQueue([5, 50, 10], None)
     assert queue.deal(room=0) == [1, 2, 0] and queue.is_empty
+
+
+@pytest.mark.parametrize("num_active", [0, 1, 3])
+@pytest.mark.parametrize(("num_slots", "num_pages", "budget"), [(8, 64, 512), (8, 5, 512), (8, 64, 40), (4, 64, 8)])
+def test_room_is_the_number_of_one_page_sequences_that_get_a_slot(num_slots, num_pages, budget, num_active):
+    scheduler = scheduler_of([], num_slots=num_slots, num_pages=num_pages, max_tokens_in_flight=budget)
+    waiting = [Waiting(request(index, prompt_length=3, max_new_tokens=4)) for index in range(12)]
+    scheduler.waiting.extend(waiting[:num_active])
+    scheduler.admit()
+    room = scheduler.room()
+    scheduler.waiting.clear()
+    scheduler.waiting.extend(waiting[num_active:])
+    assert scheduler.admit() == room
+
+
+def test_pages_of_a_preempted_sequence_are_handed_over_once():
+    scheduler = scheduler_of([7, 7], num_slots=2, num_pages=3)
+    carry_out(scheduler)
+    pages = scheduler.pool.page_table_BP[1].clone()
+    for slot in (0, 1):
+        commit_block(scheduler.slots, slot, [24, 25, 26, slot])
+    scheduler.slots.advance(torch.tensor([0, 1]))
+    assert scheduler.take_pages_given_back() == []
+    carry_out(scheduler)
+    (given_back,) = scheduler.take_pages_given_back()
+    assert torch.equal(given_back, pages) and pages.any()
+    assert scheduler.take_pages_given_back() == []
