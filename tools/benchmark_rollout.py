@@ -38,8 +38,9 @@ With `--pipeline` ours under two pipeline stages, processes of this machine: `pi
 
 `forwards_per_token` counts the forwards that a sequence takes part in beyond its prefill, `model_forwards_per_token`
 those of the model per token of a sequence, prefill included; both count the tokens that fill up the last block too,
-which `tokens_per_second` does not. `padding_waste` is the share of attention's query-key pairs that a mask hides, and
-`query_tokens` went through the layers for a sequence that needed them. At temperature 0 variants of the student write
+which `tokens_per_second` does not. `padding_waste` is the share of attention's query-key pairs that a mask hides; ours
+fills keys up to multiples of 16 on purpose, since kernels take longer without. `query_tokens` went through the layers
+for a sequence that needed them. At temperature 0 variants of the student write
 the same tokens; `same_responses` is the share of responses that are equal (rounding decides where two tokens, or two
 confidences, are as good as equal).
 
