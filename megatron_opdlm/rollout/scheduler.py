@@ -110,8 +110,7 @@ class Scheduler:
 
     def room(self) -> int:
         """Sequences of one page each that `admit` would give a slot."""
-        by_budget = self._budget // (2 * self._block_size) - self.num_active
-        return min(self.num_empty, self.pool.num_free, max(by_budget, int(self.num_active == 0)))
+        return min(self.num_empty, self.pool.num_free, self._room_in_forward())
 
     def finish(self, slot: int) -> tuple[int, Trajectory]:
         """The index and the trajectory of a request that is done; its slot and its pages are free again."""
@@ -127,7 +126,7 @@ class Scheduler:
         """
         if self.num_active == 0:
             return True
-        if 2 * self._block_size * (self.num_active + 1) > self._budget:
+        if self._room_in_forward() == 0:
             return False
         num_pages = self.pool.pages_for(self._first_tokens(waiting))
         if num_pages + self.num_active <= self.pool.num_free:
@@ -135,6 +134,13 @@ class Scheduler:
         active = torch.tensor(self._by_age)
         num_growing = int((self.slots.end_B[active] > self.pool.capacity_B[active]).sum())
         return num_pages + num_growing <= self.pool.num_free
+
+    def _room_in_forward(self) -> int:
+        """Sequences that a forward has room for beside the active ones, each with a block to commit and one to denoise.
+
+        Alone, a sequence always has room.
+        """
+        return max(self._budget // (2 * self._block_size) - self.num_active, int(self.num_active == 0))
 
     def _first_tokens(self, waiting: Waiting) -> int:
         """Tokens in the cache when a waiting sequence takes its next denoising step."""
