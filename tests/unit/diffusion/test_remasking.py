@@ -26,7 +26,7 @@ STRATEGIES = [STATIC, DYNAMIC, SEQUENTIAL, ENTROPY]
 CONFIDENCES = [0.0, 0.25, 0.5, 0.75, 1.0]
 # Eighths add up without rounding, so that sums often are the bound.
 ENTROPIES = [0.0, 0.125, 0.25, 0.5, 2.0]
-BLOCKS_PER_EXAMPLE, NUM_EXAMPLES = 64, 50
+BLOCKS_PER_EXAMPLE, NUM_EXAMPLES = 64, 160
 
 
 def random_blocks(rng: random.Random, block_size: int, num_steps: int) -> list[dict]:
