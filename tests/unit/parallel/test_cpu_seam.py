@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 
 import megatron_opdlm.parallel
@@ -44,3 +47,18 @@ def test_a_machine_with_a_gpu_is_left_alone(monkeypatch):
 def test_the_package_installs_the_seam_when_it_is_imported():
     assert megatron_opdlm.parallel.cpu.install()
     assert torch.cuda.current_device() == torch.device("cpu")
+
+
+def test_functions_run_uncompiled():
+    def function():
+        raise AssertionError("never called")
+
+    assert torch.compile(function) is function
+    assert torch.compile(dynamic=False, fullgraph=True)(function) is function
+
+
+def test_importing_all_of_megatron_that_training_needs_leaves_the_compiler_alone():
+    """It would take as long as the rest of the imports."""
+    program = "import sys, megatron_opdlm.training.trainer; print({'torch._dynamo'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
