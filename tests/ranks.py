@@ -11,6 +11,7 @@ assert run_on_ranks(add_up, 2, 10) == [21, 21]
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import pickle
 import tempfile
@@ -25,11 +26,21 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIME_LIMIT = 120.0
+TIME_LIMIT = 300.0
 """Seconds after which a test's processes are ended, where it does not say otherwise."""
 
-# Ranks are forked from one process that has imported everything: importing takes each of them seconds otherwise.
-multiprocessing.set_forkserver_preload(["megatron_opdlm.training.trainer"])
+PRELOADED = [
+    "megatron_opdlm.training.trainer",
+    "torch._dynamo",  # by the first optimizer of a process
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.qwen3.modeling_qwen3",
+    "pytest",
+    "hypothesis",
+]
+"""What is imported by the one process that all others are forked from: it takes each of them seconds otherwise."""
+FORKED = multiprocessing.get_context("forkserver")
+"""Makes the processes: `FORKED.Process(target=function, args=...)`."""
+FORKED.set_forkserver_preload(PRELOADED)
 
 
 def run_on_ranks(
@@ -66,6 +77,7 @@ def _run_rank(
     rank: int, function: Callable[..., Any], world_size: int, folder: str, arguments: tuple, time_limit: float
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays: collections need not look at it
     # A file instead of a TCP port for the rendezvous: no other process can take it.
     rendezvous, limit = f"file://{folder}/rendezvous", timedelta(seconds=time_limit)
     try:

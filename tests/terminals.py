@@ -12,7 +12,6 @@ with Terminal(["--hf", folder]) as terminal:            # stdin, stdout and stde
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import os
 import pty
 import re
@@ -24,7 +23,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tests.ranks  # noqa: F401  the process that all of them are forked from has imported the package
+from tests.ranks import FORKED
 
 TIME_LIMIT = 240.0
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -130,7 +129,7 @@ class Terminal:
 
 
 def _start(target, *arguments):
-    process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
+    process = FORKED.Process(target=target, args=arguments)
     process.start()
     return process
 

@@ -14,7 +14,6 @@ import argparse
 import collections
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import sys
@@ -23,6 +22,8 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from tests.ranks import FORKED
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -99,12 +100,10 @@ class Ranks:
     def __init__(self, root: Path, run: str) -> None:
         self.run = root / run
         self.phase_file = Path(tempfile.mkstemp(dir=root, prefix="phase")[1])
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megatron_opdlm.training.trainer"])
         rendezvous = Path(tempfile.mkdtemp(dir=root)) / "rendezvous"
         arguments = (rendezvous, flags(root, run), self.phase_file)
         self.processes: list[BaseProcess] = [
-            context.Process(target=run_rank, args=(rank, *arguments)) for rank in range(NUM_RANKS)
+            FORKED.Process(target=run_rank, args=(rank, *arguments)) for rank in range(NUM_RANKS)
         ]
         for process in self.processes:
             process.start()

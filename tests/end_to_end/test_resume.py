@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from tests.ranks import run_on_ranks
+from tests.ranks import FORKED, run_on_ranks
 from tests.tiny_qwen3 import make_tiny_qwen3, write_prompts
 from tests.worlds import layout
 
@@ -242,9 +241,7 @@ def train_until_a_rank_fails(rank: int, rendezvous: Path, root: Path, run: str) 
 
 def start_on_two_ranks(function, rendezvous: Path, *arguments) -> list[BaseProcess]:
     """Processes that are there at once: they come from a server which has imported what they need."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_opdlm.training.trainer"])
-    ranks = [context.Process(target=function, args=(rank, rendezvous, *arguments)) for rank in range(2)]
+    ranks = [FORKED.Process(target=function, args=(rank, rendezvous, *arguments)) for rank in range(2)]
     for process in ranks:
         process.start()
     return ranks
