@@ -9,6 +9,7 @@ Float32 throughout, so that layouts can be compared to rounding.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from megatron_opdlm.config.schema import (
     AttentionConfig,
     Config,
+    LoggingConfig,
     ParallelConfig,
     PrecisionConfig,
     RolloutConfig,
@@ -98,12 +100,33 @@ def layout(parallel: ParallelConfig) -> Iterator:
     """Megatron's groups over the default process group. All ranks must enter it."""
     from megatron_opdlm.parallel.initialize import initialize
 
+    free_past_trainers()
     groups = initialize(parallel, seed=0)
     try:
         yield groups
         dist.barrier()  # nobody leaves a group that another rank still waits in
     finally:
         remove_parallel_groups()
+
+
+def free_past_trainers() -> None:
+    """Ends what trainers of layouts before left: groups live as long as one that knows them, and a trainer is a cycle.
+
+    A mixture's dispatcher keeps the graph of its last forward, which keeps hooks, which keep the trainer, and all that
+    through C++, where no collection sees it.
+    """
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    for thing in gc.get_objects():
+        if type(thing) is MoEAlltoAllTokenDispatcher:
+            thing.probs = None
+    for _ in range(2):  # the first frees tensors, which free the rest
+        gc.collect()
+
+
+def quiet_logging(directory: Path) -> LoggingConfig:
+    """Metrics and nothing else: no charts, no bar, and no rollouts kept, which take as long as rolling them out."""
+    return LoggingConfig(directory=str(directory), tensorboard=False, progress_bar=False, trajectory_interval=0)
 
 
 def no_report() -> AbstractContextManager:

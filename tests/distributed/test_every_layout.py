@@ -27,7 +27,6 @@ from megatron_opdlm.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
-    LoggingConfig,
     ParallelConfig,
     RolloutConfig,
     TrainingConfig,
@@ -38,7 +37,7 @@ from tests.distributed.test_train_step_invariance import OPTIMIZER, SAME_COUNTS,
 from tests.ranks import run_on_ranks
 from tests.tiny_moe import make_tiny_moe
 from tests.tiny_qwen3 import make_tiny_qwen3, write_prompts
-from tests.worlds import layout, model_ranks, run_trainer, tiny_config
+from tests.worlds import layout, model_ranks, quiet_logging, run_trainer, tiny_config
 
 MAX_RANKS = 4
 ONE = "one process"
@@ -185,7 +184,7 @@ def config_of(root: Path, kind: str, name: str, run: str, max_steps: int) -> Con
             pad_to_multiple=16,
         ),
         checkpoint=CheckpointConfig(save_interval=STEPS, async_save=False),
-        logging=LoggingConfig(directory=str(root / kind / run), tensorboard=False, progress_bar=False),
+        logging=quiet_logging(root / kind / run),
     )
 
 

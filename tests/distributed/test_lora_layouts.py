@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_opdlm.config.schema import LoggingConfig, LoraConfig, TrainingConfig
+from megatron_opdlm.config.schema import LoraConfig, TrainingConfig
 from tests.distributed.test_train_step_invariance import SAME_COUNTS, SAME_NUMBERS, Run, read_weights, train
 from tests.ranks import run_on_ranks
 from tests.tiny_qwen3 import make_tiny_qwen3, write_prompts
+from tests.worlds import quiet_logging
 
 LORA = LoraConfig(rank=3, alpha=6.0)
 REFERENCE = Run(1, "tensor parallel 1", 1, tie=True)
@@ -35,7 +36,7 @@ def go_on(rank: int, name: str, root: Path) -> None:
     """One more step of the reference, from its checkpoint."""
     run = CONTINUED[name]
     training = TrainingConfig(max_steps=4, num_prompts_per_step=16, global_batch_size=8, pad_to_multiple=8)
-    logging = LoggingConfig(directory=str(root / name), tensorboard=False, progress_bar=False)
+    logging = quiet_logging(root / name)
     train(run, root, lora=LORA, training=training, logging=logging)
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opdlm.config.schema import DataConfig, LoggingConfig, ObjectiveConfig, TrainingConfig
+from megatron_opdlm.config.schema import DataConfig, ObjectiveConfig, TrainingConfig
 from tests.distributed.test_train_step_invariance import Run, train
 from tests.ranks import run_on_ranks
 from tests.tiny_qwen3 import make_tiny_qwen3, write_answered_prompts
+from tests.worlds import quiet_logging
 
 OBJECTIVES = {
     "sft": ObjectiveConfig(name="sft", loss_weight="1/t", noise_low=0.1),
@@ -43,7 +44,7 @@ def train_all(rank: int, runs: list[Run], root: Path) -> dict[tuple[Run, str], l
                     micro_batch_size=run.micro_batch_size,
                     pad_to_multiple=8,
                 ),
-                "logging": LoggingConfig(directory=str(root / f"{run} {name}"), tensorboard=False, progress_bar=False),
+                "logging": quiet_logging(root / f"{run} {name}"),
             }
             results[run, name] = train(run, root, **sections)[0]
     return results

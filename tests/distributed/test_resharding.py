@@ -19,7 +19,6 @@ import torch.distributed as dist
 from megatron_opdlm.config.schema import (
     CheckpointConfig,
     DataConfig,
-    LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
@@ -28,7 +27,7 @@ from megatron_opdlm.config.schema import (
 )
 from tests.ranks import run_on_ranks
 from tests.tiny_qwen3 import make_tiny_qwen3, write_prompts
-from tests.worlds import layout, no_report, tiny_config
+from tests.worlds import layout, no_report, quiet_logging, tiny_config
 
 TP2, TWO_STAGES = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LAYOUTS = {
@@ -49,7 +48,7 @@ PAIRS = list(itertools.permutations(LAYOUTS, 2))
 BFLOAT16 = "TP2 DP1 in bfloat16"
 STEPS = 2
 STEP_FOLDER = f"step_{STEPS:08d}"
-TIME_LIMIT = 300.0
+TIME_LIMIT = 600.0
 """Seconds for all runs of as many processes."""
 pytestmark = pytest.mark.timeout(3 * TIME_LIMIT)  # whichever test comes first waits for all the runs
 
@@ -70,7 +69,7 @@ def build_trainer(root: Path, run: str, name: str):
             max_steps=STEPS, num_prompts_per_step=4, global_batch_size=4, micro_batch_size=2, pad_to_multiple=8
         ),
         checkpoint=CheckpointConfig(directory=str(root / run / "checkpoints")),
-        logging=LoggingConfig(directory=str(root / run), tensorboard=False, progress_bar=False),
+        logging=quiet_logging(root / run),
     )
     if run.startswith(BFLOAT16):
         config = dataclasses.replace(config, precision=PrecisionConfig(dtype="bfloat16"))

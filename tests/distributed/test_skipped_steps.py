@@ -17,7 +17,6 @@ from megatron_opdlm.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
-    LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
@@ -25,7 +24,7 @@ from megatron_opdlm.config.schema import (
 )
 from tests.ranks import run_on_ranks
 from tests.tiny_qwen3 import make_tiny_qwen3, write_prompts
-from tests.worlds import layout, no_report, tiny_config
+from tests.worlds import layout, no_report, quiet_logging, tiny_config
 
 SICK_PROMPT = 5
 MAX_IN_A_ROW = 3
@@ -56,7 +55,7 @@ def config_of(root: Path, run: str, parallel: ParallelConfig) -> Config:
             max_skipped_steps=MAX_IN_A_ROW,
         ),
         checkpoint=CheckpointConfig(save_interval=0, async_save=False),
-        logging=LoggingConfig(directory=str(root / run), tensorboard=False, progress_bar=False),
+        logging=quiet_logging(root / run),
     )
 
 

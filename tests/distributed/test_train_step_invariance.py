@@ -19,14 +19,22 @@ from megatron_opdlm.config.schema import (
     CheckpointConfig,
     DataConfig,
     DivergenceConfig,
-    LoggingConfig,
     OptimizerConfig,
     RolloutConfig,
     TrainingConfig,
 )
 from tests.ranks import run_on_ranks
 from tests.tiny_qwen3 import make_tiny_qwen3, write_prompts
-from tests.worlds import CONTEXT_LAYOUTS, EXPERT_LAYOUTS, LAYOUTS, PIPELINE_LAYOUTS, layout, run_trainer, tiny_config
+from tests.worlds import (
+    CONTEXT_LAYOUTS,
+    EXPERT_LAYOUTS,
+    LAYOUTS,
+    PIPELINE_LAYOUTS,
+    layout,
+    quiet_logging,
+    run_trainer,
+    tiny_config,
+)
 
 # Adam divides a gradient by its own size, so an element whose gradient is nothing but rounding noise would move by a
 # whole learning rate in a random direction. An epsilon far above that noise (1e-8) and far below the gradients (1e-2)
@@ -107,7 +115,7 @@ def train(run: Run, root: Path, **sections) -> tuple[list[dict], dict]:
             **(BY_TOKEN if run.by_token else {}),
         ),
         checkpoint=CheckpointConfig(save_interval=0),
-        logging=LoggingConfig(directory=str(root / str(run)), tensorboard=False, progress_bar=False),
+        logging=quiet_logging(root / str(run)),
     )
     config = dataclasses.replace(config, **sections)
     with layout(config.parallel):
@@ -200,7 +208,7 @@ def test_a_loss_by_token_is_another_one_than_that_by_sequence(results, root, wor
     training = TrainingConfig(
         max_steps=3, num_prompts_per_step=16, global_batch_size=8, micro_batch_size=4, pad_to_multiple=8
     )
-    logging = LoggingConfig(directory=str(root / "by sequence"), tensorboard=False, progress_bar=False)
+    logging = quiet_logging(root / "by sequence")
     by_sequence, _ = train(run, root, training=training, logging=logging)
     (first, *_), (other, *_) = results[run][0], by_sequence
     assert other["train/loss"] != pytest.approx(first["train/loss"], rel=1e-3)

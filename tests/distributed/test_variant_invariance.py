@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opdlm.config.schema import LoggingConfig, StatesConfig, TeacherConfig
+from megatron_opdlm.config.schema import StatesConfig, TeacherConfig
 from tests.distributed.test_train_step_invariance import SAME_COUNTS, SAME_NUMBERS, Run, read_weights, train
 from tests.ranks import run_on_ranks
 from tests.tiny_qwen3 import make_tiny_qwen3, write_prompts
+from tests.worlds import quiet_logging
 
 VARIANTS = {
     "all steps": {"states": StatesConfig(selection="all_steps")},
@@ -45,9 +46,7 @@ def train_variant(run: Run, variant: str, root: Path) -> list[dict]:
     if fill := sections.pop("teacher", None):
         sections["teacher"] = TeacherConfig(hf=str(root / "teacher"), fill=fill)
     directory = folder_of(run, variant, root)
-    return train(
-        run, root, logging=LoggingConfig(directory=str(directory), tensorboard=False, progress_bar=False), **sections
-    )[0]
+    return train(run, root, logging=quiet_logging(directory), **sections)[0]
 
 
 @pytest.fixture(scope="module")
