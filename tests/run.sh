@@ -20,4 +20,10 @@ mapfile -t scripts < <(find . -name '.?*' ! -name .ci -prune -o -name runs -prun
 shellcheck --external-sources "${scripts[@]}"
 hadolint Dockerfile Dockerfile.cpu
 # Tests start several processes; one thread in each keeps them from crowding each other out.
-OMP_NUM_THREADS=1 python -m pytest --durations=15 "$@"
+export OMP_NUM_THREADS=1
+(($# == 0)) || exec python -m pytest --durations=15 "$@"
+# First what is one process a test, two at a time; then, one at a time, what takes all cores itself.
+status=0
+python -m pytest --durations=15 --numprocesses 2 --dist loadfile tests/unit tests/parity || status=1
+python -m pytest --durations=15 tests/distributed tests/end_to_end tests/gpu || status=1
+exit $status
