@@ -11,7 +11,6 @@ from tests.end_to_end import chaos
 NUM_ROUNDS = 10
 
 
-@pytest.mark.timeout(600)
 def test_a_run_killed_again_and_again_in_every_phase_ends_as_the_undisturbed_one_with_each_prompt_once_an_epoch(
     tmp_path,
 ):

@@ -168,7 +168,7 @@ with Interruption(grace_seconds=0.3) as interruption:
 def test_a_process_that_cannot_save_in_time_exits_all_the_same(tmp_path):
     command = [sys.executable, "-c", WAITING, str(tmp_path / "rendezvous")]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 143 and "training.grace_seconds (0.3) are over" in done.stderr, done.stderr
 
 
@@ -252,7 +252,6 @@ def worker(launcher: subprocess.Popen, rank: int) -> int | None:
     return None
 
 
-@pytest.mark.timeout(600)
 def test_when_one_rank_of_four_is_killed_torchrun_starts_all_again_and_the_run_ends_as_the_undisturbed_one(root):
     run_on_ranks(train_on_rank, 4, root, "four", time_limit=300)
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "4", "--max-restarts", "2"]
@@ -302,7 +301,6 @@ def train_with_sigterm_in_a_slow_rollout(rank: int, root: Path, run: str, settin
     assert not train_here(root, run, **settings)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("tensor_parallel", [1, 2], ids=["data parallel 2", "tensor parallel 2"])
 def test_a_rollout_longer_than_the_grace_is_left_and_the_steps_before_it_are_saved(root, tensor_parallel):
     run, whole = f"long {tensor_parallel}", f"whole long {tensor_parallel}"
