@@ -50,7 +50,7 @@ def _current_device() -> torch.device:
 def _uncompiled(function: Callable | None = None, **options: Any) -> Callable:
     """Stands in for `torch.compile`: functions run eagerly, without a C++ compiler.
 
-    Megatron decorates functions with it as it is imported, and the compiler alone takes half the time of that.
+    Megatron decorates functions with it as it is imported, and to import the compiler takes as long as to import torch.
     """
     return (lambda later: later) if function is None else function
 

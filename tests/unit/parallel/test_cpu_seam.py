@@ -58,7 +58,7 @@ def test_functions_run_uncompiled():
 
 
 def test_importing_all_of_megatron_that_training_needs_leaves_the_compiler_alone():
-    """It would take as long as the rest of the imports."""
+    """To import it takes as long as to import torch."""
     program = "import sys, megatron_opdlm.training.trainer; print({'torch._dynamo'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
