@@ -57,6 +57,10 @@ class Terminal:
         """All that the program has written."""
         self._read_to = 0
         self._master, slave = pty.openpty()
+        # Without it ctrl-C drops output that nobody has read yet: after the signal, so what answers it may go too.
+        attributes = termios.tcgetattr(slave)
+        attributes[3] |= termios.NOFLSH
+        termios.tcsetattr(slave, termios.TCSANOW, attributes)
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         environment = {"TERM": "xterm-256color", "NO_COLOR": ""} | (environment or {})
         self._process = _start(_run_in_terminal, arguments, os.ttyname(slave), environment)
