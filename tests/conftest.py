@@ -43,10 +43,10 @@ def world_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.fixture
-def warnings_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the package logs, also where `set_up_logging` keeps it from the root logger."""
+@pytest.fixture(autouse=True)
+def logging_as_imported() -> None:
+    """`caplog` sees what the package logs, although a test before this one called `set_up_logging`."""
     logger = logging.getLogger("megatron_opdlm")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
+    logger.handlers = []

@@ -7,7 +7,6 @@ paths of a case, all of them in a directory of its own.
 from __future__ import annotations
 
 import json
-import logging
 import re
 import runpy
 import shutil
@@ -43,13 +42,10 @@ def originals(tmp_path_factory, world_of_one) -> Path:
 
 @pytest.fixture
 def case(originals, tmp_path) -> Path:
-    """A copy that may be spoilt; also leaves no trace of Megatron's groups or of logging behind."""
+    """A copy that may be spoilt; also leaves no trace of Megatron's groups behind."""
     root = tmp_path / "case"
     shutil.copytree(originals, root)
-    logger = logging.getLogger("megatron_opdlm")
-    before = logger.level, logger.propagate, logger.handlers
     yield root
-    logger.level, logger.propagate, logger.handlers = before
     remove_parallel_groups()
 
 

@@ -150,12 +150,12 @@ def test_defect_8_two_steps_and_a_fresh_process_for_two_more_equal_four_steps(ro
     assert_identical(root, "stopped", "whole")
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(root, warnings_log):
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(root, caplog):
     shutil.copytree(root / "whole", root / "damaged")
     damage(checkpoint(root, "damaged", NUM_STEPS))
     train_here(root, "damaged", NUM_STEPS)
-    assert "falling back to the checkpoint before it" in warnings_log.text
-    assert "__0_" in warnings_log.text and "bytes instead of" in warnings_log.text
+    assert "falling back to the checkpoint before it" in caplog.text
+    assert "__0_" in caplog.text and "bytes instead of" in caplog.text
     assert_identical(root, "damaged", "whole")
 
 
@@ -169,12 +169,12 @@ def test_a_checkpoint_that_an_interrupted_save_left_is_no_checkpoint(root):
     assert sorted(path.name for path in last.parent.iterdir()) == ["step_00000002", "step_00000004"]
 
 
-def test_with_no_whole_checkpoint_left_a_run_starts_anew_and_says_so(root, warnings_log):
+def test_with_no_whole_checkpoint_left_a_run_starts_anew_and_says_so(root, caplog):
     shutil.copytree(root / "whole", root / "lost")
     for step in (STOPPED_AFTER, NUM_STEPS):
         damage(checkpoint(root, "lost", step))
     train_here(root, "lost", NUM_STEPS)
-    assert all(f"step_0000000{step} is damaged" in warnings_log.text for step in (STOPPED_AFTER, NUM_STEPS))
+    assert all(f"step_0000000{step} is damaged" in caplog.text for step in (STOPPED_AFTER, NUM_STEPS))
     assert_identical(root, "lost", "whole")
 
 

@@ -97,11 +97,8 @@ def root(tmp_path_factory, world_of_one) -> Path:
 
 @pytest.fixture
 def log(caplog):
-    logger = logging.getLogger("megatron_opdlm")
-    logger.addHandler(caplog.handler)
-    caplog.set_level(logging.INFO, logger.name)
-    yield caplog
-    logger.removeHandler(caplog.handler)
+    caplog.set_level(logging.INFO)
+    return caplog
 
 
 def sigterm_in(monkeypatch, step: int, during: str) -> None:
@@ -174,13 +171,10 @@ def test_a_process_that_cannot_save_in_time_exits_all_the_same(tmp_path):
 
 def run_main(root: Path, run: str, capsys, **more: object) -> str:
     """What the entry point says when it refuses to go on."""
-    logger = logging.getLogger("megatron_opdlm")
-    before = logger.level, logger.propagate, logger.handlers
     try:
         with pytest.raises(SystemExit) as stop:
             train(flags(root, run, **more))
     finally:
-        logger.level, logger.propagate, logger.handlers = before
         remove_parallel_groups()
     assert stop.value.code == 2
     return capsys.readouterr().err

@@ -181,22 +181,22 @@ def test_a_run_that_ends_between_a_checkpoint_and_its_being_called_best_makes_up
     assert steps_kept(root, run) == [3, NUM_STEPS]
 
 
-def test_if_the_best_checkpoint_is_gone_the_best_is_sought_anew(root, accuracies, warnings_log):
+def test_if_the_best_checkpoint_is_gone_the_best_is_sought_anew(root, accuracies, caplog):
     accuracies(0.75, 0.25)
     train(root, "gone", **EVERY_STEP | {"--training.max_steps": 2})
     shutil.rmtree(root / "gone" / "checkpoints" / "step_00000001")
     accuracies(0.125, 0.25, 0.125)
     train(root, "gone", **EVERY_STEP)
-    assert "step_00000001 was the best and is not whole" in warnings_log.text
+    assert "step_00000001 was the best and is not whole" in caplog.text
     assert best_of(root, "gone") == "step_00000004"
 
 
-def test_with_other_tasks_the_best_is_sought_anew(root, accuracies, warnings_log):
+def test_with_other_tasks_the_best_is_sought_anew(root, accuracies, caplog):
     accuracies(0.75, 0.5)
     train(root, "other tasks", **EVERY_STEP | {"--training.max_steps": 2})
     accuracies(0.25, 0.5, 0.25)
     train(root, "other tasks", **EVERY_STEP | {"--evaluation.max_tasks": 3})
-    assert "evaluation.files has other tasks than before" in warnings_log.text
+    assert "evaluation.files has other tasks than before" in caplog.text
     assert best_of(root, "other tasks") == "step_00000004"
 
 

@@ -6,8 +6,6 @@ weights says what all the others must decode.
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 
@@ -102,7 +100,6 @@ def assert_ends_early(sound: Trajectory, sick: Trajectory) -> None:
 
 def test_a_prompt_that_is_sick_gives_a_block_that_is_trained_nowhere(student, caplog):
     make_sick(student)
-    logging.getLogger("megatron_opdlm").propagate = True
     trajectories = generate(student)
     (sick,) = [trajectory for trajectory in trajectories if trajectory.prompt_id == SICK_PROMPT]
     assert (sick.stop_reason, sick.response_length, len(sick.terminal_ids_T)) == ("not_finite", 1, 32)

@@ -174,28 +174,19 @@ def test_a_run_directory_that_cannot_be_written_is_named(tmp_path):
 # --- logging
 
 
-@pytest.fixture
-def project_logger():
-    logger = logging.getLogger("megatron_opdlm")
-    before = logger.level, logger.propagate, logger.handlers
-    yield logger
-    logger.level, logger.propagate, logger.handlers = before
-    logger.manager._clear_cache()
-
-
-def test_rank_0_informs_and_the_others_only_warn(project_logger, monkeypatch, capsys):
+def test_rank_0_informs_and_the_others_only_warn(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         set_up_logging()
         set_up_logging()
-        project_logger.getChild("rollout").info("fine")
-        project_logger.getChild("rollout").warning("odd")
+        logging.getLogger("megatron_opdlm.rollout").info("fine")
+        logging.getLogger("megatron_opdlm.rollout").warning("odd")
     lines = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
     assert lines == ["[rank 0] INFO fine", "[rank 0] WARNING odd", "[rank 1] WARNING odd"]
 
 
-def test_what_megatron_says_of_every_model_is_left_out_and_nothing_else_of_it(project_logger, caplog):
+def test_what_megatron_says_of_every_model_is_left_out_and_nothing_else_of_it(caplog):
     set_up_logging()
     for name, message in (
         ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED. GPTModel is only accepting ..."),

@@ -110,15 +110,15 @@ def test_whichever_operation_fails_there_is_nothing_of_the_checkpoint_and_the_re
 
 
 def test_whichever_operation_a_kill_meets_the_newest_good_checkpoint_is_found_and_what_is_left_is_named(
-    directory, warnings_log
+    directory, caplog
 ):
     steps = []
     for at in range(num_operations(directory)):
-        warnings_log.clear()
+        caplog.clear()
         save_through(FaultyDisk(directory, Fault.KILLED, at), directory)
         steps.append(assert_newest(directory, (1, 2)))
         if (directory / "step_00000002.partial").exists():
-            assert "step_00000002.partial is not finished" in warnings_log.text
+            assert "step_00000002.partial is not finished" in caplog.text
         if at % SOMETIMES == 0:
             assert_the_next_save_is_good(directory)
         shutil.rmtree(step_folder(directory, 2), ignore_errors=True)
