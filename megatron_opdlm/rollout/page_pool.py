@@ -58,8 +58,3 @@ class PagePool:
         self._free.extend(reversed(self.page_table_BP[slot, :has].tolist()))
         self.page_table_BP[slot] = 0
         self.capacity_B[slot] = 0
-
-    def addresses(self, slots_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-        """Where in the cache, counted in tokens, these positions of these slots lie."""
-        pages_T = self.page_table_BP[slots_T, positions_T // self.page_size]
-        return pages_T * self.page_size + positions_T % self.page_size

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 from megatron_opdlm.config.schema import ParallelConfig, RolloutConfig
 from megatron_opdlm.data.prompts import Prompt
@@ -203,3 +205,18 @@ def test_the_size_of_the_cache_is_said_once(student, caplog):
             engine.generate([RolloutTask(prompts()[7], 8)], step)
     (said,) = (record.getMessage() for record in caplog.records if "key-value cache" in record.getMessage())
     assert said.startswith("key-value cache: ") and said.endswith(" for up to 1 sequences of up to 20 tokens")
+
+
+def test_the_progress_bar_counts_sequences_and_says_tokens_per_second(student, monkeypatch, capsys):
+    from megatron_opdlm.rollout import generation
+    from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
+
+    model, special = student
+    at_once = {"delay": 0, "mininterval": 0, "miniters": 1}
+    monkeypatch.setattr(generation, "tqdm", lambda **options: tqdm(**options | at_once))
+    for show_progress in (False, True):
+        engine = RolloutEngine(model, RolloutConfig(max_new_tokens=8), special, seed=11, show_progress=show_progress)
+        engine.generate([RolloutTask(prompt, 8) for prompt in prompts()[:3]], step=0)
+        shown = capsys.readouterr().err
+        assert bool(shown) == show_progress
+    assert re.search(r"rollout: +\d+%.* [123]/3 .*, \d+ tokens/s", shown), shown
