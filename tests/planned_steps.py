@@ -84,8 +84,10 @@ def _giving_way() -> Iterator[None]:
     """This thread does not interrupt the one that wakes it."""
     before = os.sched_getscheduler(0)
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    yield
-    os.sched_setscheduler(0, before, os.sched_param(0))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, before, os.sched_param(0))
 
 
 def _peak_of_step(train_step, batch) -> int:

@@ -38,9 +38,10 @@ COMPANIES = {
 }
 
 
-def prompts() -> list[Prompt]:
+def prompts(rounds: int = 1) -> list[Prompt]:
+    """One of each length, so many times over; no two have the same tokens."""
     generator = torch.Generator().manual_seed(5)
-    ids = [torch.randint(0, 44, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+    ids = [torch.randint(0, 44, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS * rounds]
     return [Prompt(prompt_id=100 + row, token_ids=tuple(prompt)) for row, prompt in enumerate(ids)]
 
 
@@ -60,13 +61,13 @@ def student(folder, world_of_one):
         yield load_student(tiny_config(folder, rollout=RolloutConfig(stop_token_ids=[5, 17])), groups)
 
 
-def generate(student, rollout: RolloutConfig, order: list[int] | None = None, **task):
+def generate(student, rollout: RolloutConfig, order: list[int] | None = None, rounds: int = 1, **task):
     """The engine's statistics, and the trajectories by prompt."""
     from megatron_opdlm.rollout.engine import RolloutEngine, RolloutTask
 
     model, special = student
     engine = RolloutEngine(model, rollout, special, seed=11)
-    rows = [prompts()[row] for row in order or range(len(PROMPT_LENGTHS))]
+    rows = prompts(rounds) if order is None else [prompts(rounds)[row] for row in order]
     trajectories = engine.generate([RolloutTask(prompt, rollout.max_new_tokens, **task) for prompt in rows], step=3)
     assert [t.prompt_id for t in trajectories] == [prompt.prompt_id for prompt in rows]
     return engine.statistics, {t.prompt_id: t for t in trajectories}
@@ -93,6 +94,27 @@ def test_no_company_changes_a_trajectory(student, case):
         assert statistics.peak_pages <= statistics.num_pages
     for order in (list(reversed(range(18))), list(torch.randperm(18).tolist())):
         assert_same(generate(student, rollout, order)[1], expected)
+
+
+@pytest.mark.parametrize("case", ["static", "dynamic"])
+def test_batches_of_1_7_and_64_decode_the_same(student, monkeypatch, case):
+    from megatron_opdlm.rollout.scheduler import Scheduler
+
+    widths, plan, expected = [], Scheduler.plan, None
+
+    def counted(scheduler):
+        planned = plan(scheduler)
+        widths.append(0 if planned is None else len(planned.slots_A))
+        return planned
+
+    monkeypatch.setattr(Scheduler, "plan", counted)
+    for size in (1, 7, 64):
+        widths.clear()
+        rollout = RolloutConfig(max_new_tokens=8, stop_token_ids=[5, 17], batch_size=size, **CASES[case])
+        _, actual = generate(student, rollout, rounds=7)
+        assert max(widths) == size, "sequences in one forward"
+        expected = expected or actual
+        assert_same(actual, expected)
 
 
 def test_where_a_page_ends_makes_no_difference(student, monkeypatch):
@@ -219,4 +241,5 @@ def test_the_progress_bar_counts_sequences_and_says_tokens_per_second(student, m
         engine.generate([RolloutTask(prompt, 8) for prompt in prompts()[:3]], step=0)
         shown = capsys.readouterr().err
         assert bool(shown) == show_progress
-    assert re.search(r"rollout: +\d+%.* [123]/3 .*, \d+ tokens/s", shown), shown
+    assert re.findall(r"\rrollout: [^\r]* (\d)/3 ", shown) == ["1", "2", "3"]
+    assert re.search(r" 3/3 [^\r]*, [1-9]\d* tokens/s\]", shown), shown
